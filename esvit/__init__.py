@@ -1,0 +1,1 @@
+"""Efficient self-supervised vision transformers: pre-training with view- and region-level matching."""

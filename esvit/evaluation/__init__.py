@@ -1,0 +1,1 @@
+"""Measures of a frozen backbone (features, k-NN) and label-free signs of health."""
