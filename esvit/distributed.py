@@ -1,6 +1,7 @@
 """Communication between ranks. Every function is the identity with one process, so no caller ever asks."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,20 @@ def broadcast_object(thing: Any) -> Any:
     box = [thing]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_rank_zero(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, on every rank; an exception there is raised on every rank."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as exception:
+            error = exception
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def barrier() -> None:

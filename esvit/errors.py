@@ -1,4 +1,6 @@
-"""The one exception for a user's mistake, told in one line: the option, what was found, the remedy."""
+"""Two ways a run ends early: by a user's mistake, told in one line (the option, what was found, the remedy), or by a signal."""
+
+import signal
 
 
 class OptionError(ValueError):
@@ -14,3 +16,20 @@ class OptionError(ValueError):
     def __str__(self) -> str:
         option, found, remedy = self.args
         return f"{option}: {found}; {remedy}"
+
+
+class Interrupted(Exception):
+    """A signal stopped the run, after its state was saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(signal_number, step)
+        self.signal_number = signal_number
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signal_number).name} after step {self.step}, checkpoint written; the same command resumes"
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells report it."""
+        return 128 + self.signal_number

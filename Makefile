@@ -1,0 +1,27 @@
+# Each target stands alone on a fresh machine with Python 3.11 and make: the first one makes .venv from the lock file.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint lock
+
+demo: .venv/ready
+	$(BIN)/python run.py experiment=demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+# Pin everything anew, for every supported Python, from setup.cfg.
+lock: .venv/ready
+	$(BIN)/uv pip compile --universal --python-version 3.11 setup.cfg --extra dev --no-header --no-annotate --upgrade -o requirements.lock
+
+.venv/ready: requirements.lock
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	touch .venv/ready

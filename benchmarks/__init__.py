@@ -1,0 +1,1 @@
+"""Scripts behind our published figures; one script per figure."""

@@ -1,0 +1,78 @@
+"""From a composed config to plain data: nothing missing, nothing unknown, every reference resolved."""
+
+import dataclasses
+import difflib
+import itertools
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from esvit.errors import OptionError
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """Every option as plain containers, ready to be shipped.
+
+    Added to the options: `chosen` (what a user chose: no key that only refers to another option, no `_target_`; the
+    run's config.yaml) and `has_run_folder` (whether the task writes into a run folder of its own).
+
+
+    Raises OptionError for an option without a value, and for one added with `+` that no schema knows.
+    """
+    _refuse_unknown(config, "")
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise OptionError(missing[0], "has no value", f"give one, e.g. {missing[0]}=...")
+    options = _plain(config, resolve=True)
+    references = _plain(config, resolve=False)
+    options["output_dir"] = _folder(options["output_dir"], is_fresh="${now" in references["output_dir"])
+    options["chosen"] = _drop_references(references, options, top=True)
+    options["has_run_folder"] = options["task"].pop("has_run_folder")
+    return options
+
+
+def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=resolve, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _folder(output_dir: str, *, is_fresh: bool) -> str:
+    """Absolute path; a default name that exists already (two runs in one second) gets a number."""
+    path = Path(output_dir).absolute()
+    candidates = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+    return str(next(each for each in candidates if not (is_fresh and each.exists())))
+
+
+def _drop_references(raw: dict[Any, Any], plain: dict[str, Any], *, top: bool = False) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in plain.items():
+        source = raw[key]
+        is_reference = isinstance(source, str) and source.startswith("${") and source.endswith("}") and not top
+        if is_reference or key in ("_target_", "_partial_") or value is None and key == "experiment":
+            continue
+        kept[key] = _drop_references(source, value) if isinstance(value, dict) and isinstance(source, dict) else value
+    return kept
+
+
+def _refuse_unknown(node: DictConfig, prefix: str) -> None:
+    kind = OmegaConf.get_type(node)
+    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    for key in node:
+        name = f"{prefix}{key}"
+        if known is not None and str(key) not in known:
+            own = [f"{prefix}{each}" for each in known if not OmegaConf.is_interpolation(node, each)]
+            raise OptionError(name, "no such option", remedy_for_unknown(name, own))
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig):
+            _refuse_unknown(value, f"{name}.")
+
+
+def remedy_for_unknown(name: str, known: list[str]) -> str:
+    """What to type instead of the unknown option `name`."""
+    known = [each for each in known if not each.rsplit(".", 1)[-1].startswith("_")]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"

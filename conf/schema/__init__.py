@@ -1,0 +1,17 @@
+"""Every option as a typed dataclass: its default, unit and meaning, and (in `_target_`) the class that it configures.
+
+A default lives here and nowhere else. The comment behind an option is what `python run.py --help` prints.
+"""
+
+from hydra.core.config_store import ConfigStore
+
+from conf.schema import inputs, models, root, running, tasks, training
+
+
+def register() -> None:
+    """Make every schema known to Hydra under schema/<group>/<name>; a preset begins with its schema."""
+    store = ConfigStore.instance()
+    store.store(name="root_schema", node=root.Root)
+    for module in (models, inputs, training, running, tasks):
+        for (group, name), node in module.SCHEMAS.items():
+            store.store(group=f"schema/{group}", name=name, node=node)

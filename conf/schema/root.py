@@ -1,0 +1,46 @@
+"""The options of every task, and the groups."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass
+class Root:
+    """Top level. Groups first; each is chosen by name, e.g. `backbone=swin_small`."""
+
+    task: Any = MISSING
+    backbone: Any = MISSING
+    head: Any = MISSING
+    loss: Any = MISSING
+    augmentation: Any = MISSING
+    data: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    tracking: Any = MISSING
+    launcher: Any = MISSING
+    runtime: Any = MISSING
+    name: str = "${hydra:runtime.choices.backbone}"  # name of the run, part of its folder's name
+    output_dir: str = "outputs/${hydra:runtime.choices.task}/${now:%Y-%m-%d}_${now:%H-%M-%S}_${name}"  # the run's folder; the same folder again resumes
+    device: Device = Device.auto  # auto, cpu, cuda or mps; auto means cuda where there is one, else cpu
+    precision: Precision = Precision.fp32  # of matrix products: fp32, bf16 or fp16 (fp16 scales the loss)
+    seed: int = 0  # of weights, data order, crops and drop path
+    epochs: int = 100  # passes over the images
+    max_steps: int | None = None  # stop early after this many optimizer steps in all; the schedules keep their length
+    checkpoint_every: int = 1000  # optimizer steps between checkpoints
+    checkpoint: str | None = None  # a checkpoint file to start from; the run's own checkpoint comes first

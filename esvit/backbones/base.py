@@ -1,0 +1,142 @@
+"""What every network offers, derived once from its one method `encode`: features, last blocks, attention on the image grid.
+
+Letters: B images, C channels, H x W pixels, N cells of a grid, d width of a stage, D width of the last stage, W windows, T slots
+of a window.
+Unusual: the final norm belongs to the last stage only, and features of earlier stages are the raw residual stream, as in the original.
+A stage may carry class tokens before its grid's cells; then the first of them stands for the image, otherwise the mean of the cells does.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esvit.backbones.layers import DropPath
+from esvit.errors import OptionError
+from esvit.records import Features
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tokens of one resolution. tokens[0] enters the first block, tokens[i + 1] leaves block i.
+
+    tokens  each (B, N, d), with class tokens, where there are any, before the N cells
+    grid    (rows, columns) with rows * columns == N; class tokens are not counted
+    """
+
+    tokens: list[Tensor]
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AttentionWindows:
+    """Attention of one block, window by window.
+
+    weights  (B, W, heads, T, T)  softmax weights, query by key; a row sums to 1 over all T slots
+    places   (W, T) int64         the grid cell that sits in each slot, or -1 for padding and class tokens
+    """
+
+    weights: Tensor
+    places: Tensor
+
+    def on_grid(self, grid: tuple[int, int]) -> Tensor:
+        """(B, heads, N, N) weights between the cells of the grid; zero where two cells share no window.
+
+        What a cell gives to padding (which the original does not mask) or to class tokens has no place on the grid: it is left
+        out, and each row is divided by what remains, so that a row is a distribution over the image. Without padding nothing changes.
+        """
+        count = grid[0] * grid[1]
+        batch, _, heads = self.weights.shape[:3]
+        places = torch.where(self.places < 0, count, self.places)  # slots outside the grid land in one extra row and column
+        whole = self.weights.new_zeros(batch, heads, count + 1, count + 1)
+        whole[:, :, places[:, :, None], places[:, None, :]] = self.weights.transpose(1, 2)
+        cells = whole[:, :, :count, :count]
+        return cells / cells.sum(dim=-1, keepdim=True)
+
+
+class AttentionBlock(nn.Module, ABC):
+    """A block that can say where it looks."""
+
+    @abstractmethod
+    def attention(self, tokens: Tensor, grid: tuple[int, int]) -> AttentionWindows:
+        """Explicit weights for `tokens` (B, N, d) as they enter the block."""
+
+
+class Backbone(nn.Module, ABC):
+    """Images to features. A subclass sets the attributes and writes `encode`; one with attention also lists its blocks.
+
+    dim         D, width of pooled and region features
+    block_dims  width of every block, first to last: a linear probe on the last n blocks has sum(block_dims[-n:]) inputs
+    norm        what is applied to the tokens that leave the last stage's blocks
+    """
+
+    dim: int
+    block_dims: list[int]
+    norm: nn.Module
+
+    @abstractmethod
+    def encode(self, images: Tensor, *, last_only: bool = False) -> list[Stage]:
+        """(B, C, H, W) -> every stage with the tokens between its blocks, before the final norm.
+
+        last_only  keep nothing but the tokens that leave the last block, as the only tokens of the only stage: what training asks for
+        """
+
+    def attention_blocks(self) -> Sequence[Sequence[AttentionBlock]]:
+        """Blocks of each stage, in order; empty for a network without attention."""
+        return []
+
+    def forward(self, images: Tensor) -> Features:
+        """(B, C, H, W) -> Features of width D."""
+        (stage,) = self.encode(images, last_only=True)
+        tokens = self.norm(stage.tokens[-1])
+        return Features(pooled=_pool(tokens, stage.grid), regions=_cells(tokens, stage.grid), grid=stage.grid)
+
+    def last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """Pooled tokens of the last `count` blocks over all stages, first to last: each (B, d), normed only in the last stage.
+
+        Raises ValueError if the network has fewer blocks.
+        """
+        if not 1 <= count <= len(self.block_dims):
+            raise ValueError(f"features of the last {count} blocks were asked for; give a number from 1 to {len(self.block_dims)}")
+        stages = self.encode(images)
+        leaving = [(stage, tokens) for stage in stages for tokens in stage.tokens[1:]][-count:]
+        return [_pool(self.norm(tokens) if stage is stages[-1] else tokens, stage.grid) for stage, tokens in leaving]
+
+    def attentions(self, images: Tensor) -> list[Tensor]:
+        """Per block, first to last: (B, heads, N, N) on the whole grid of its stage, windows and shifts undone, rows sum to 1.
+
+        The first stage of a 224-pixel Swin takes 39 MB per image and head: ask for few images at a time.
+        Raises OptionError for a network without attention.
+        """
+        return [windows.on_grid(grid) for windows, grid in self._look(images)]
+
+    def window_attentions(self, images: Tensor) -> list[AttentionWindows]:
+        """Per block, first to last: the attention as computed, padding included. Raises OptionError without attention."""
+        return [windows for windows, _ in self._look(images)]
+
+    def disable_drop_path(self) -> None:
+        """Never drop a branch again, in training neither: what the teacher asks for."""
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
+
+    def _look(self, images: Tensor) -> list[tuple[AttentionWindows, tuple[int, int]]]:
+        stage_blocks = self.attention_blocks()
+        if not stage_blocks:
+            raise OptionError("backbone", f"{type(self).__name__} has no attention", "choose a transformer, such as backbone=swin_tiny")
+        looks = []
+        for blocks, stage in zip(stage_blocks, self.encode(images), strict=True):
+            for block, entering in zip(blocks, stage.tokens[:-1], strict=True):
+                looks.append((block.attention(entering, stage.grid), stage.grid))
+        return looks
+
+
+def _cells(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    return tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+
+
+def _pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    has_class_token = tokens.shape[1] > grid[0] * grid[1]
+    return tokens[:, 0] if has_class_token else tokens.mean(dim=1)

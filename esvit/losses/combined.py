@@ -1,0 +1,89 @@
+"""The EsViT loss: a weighted sum of view-level and region-level matching, with one centre each."""
+
+import torch
+from torch import Tensor, nn
+
+from esvit.losses.prototypes import updated_center
+from esvit.losses.region import region_cross_entropy, region_embeddings
+from esvit.losses.view import view_cross_entropy
+from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
+
+
+class ViewRegionLoss(nn.Module):
+    """View and region loss (the original's DDINOLoss, weights 0.5 and 0.5), with the centres `center` and `center_region` (1, K)."""
+
+    needs_regions = True
+    center: Tensor
+    center_region: Tensor
+
+    def __init__(self, *, student_temperature: float, center_momentum: float, view_weight: float, region_weight: float):
+        super().__init__()
+        self.student_temperature = student_temperature
+        self.center_momentum = center_momentum
+        self.view_weight = view_weight
+        self.region_weight = region_weight
+
+    def setup(self, *, prototypes: int) -> None:
+        """Allocate the centres on the CPU, once the number K of prototypes (per head) is known and before `.to(device)`."""
+        self.register_buffer("center", torch.zeros(1, prototypes))
+        self.register_buffer("center_region", torch.zeros(1, prototypes))
+
+    def forward(
+        self,
+        student_outputs: list[NetworkOutput],
+        teacher_outputs: list[NetworkOutput],
+        student_prototypes: PrototypeWeights,
+        teacher_prototypes: PrototypeWeights,
+        temperature: float,
+        mixing: Tensor | None = None,
+    ) -> LossTerms:
+        """Loss of V student crops against G teacher views of the same B images; the first G crops are the teacher's views.
+
+        temperature  the teacher's
+        mixing       (V, B student, B teacher) as in `ViewLoss`; regions are matched inside each teacher image and summed
+                     by its weight
+        Raises ValueError if the outputs carry no regions.
+        """
+        regions, teacher_regions = _region_matrices(student_prototypes, teacher_prototypes)
+        view = view_cross_entropy(
+            student_outputs,
+            teacher_outputs,
+            student_prototypes.view,
+            teacher_prototypes.view,
+            self.center,
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+            mixing=mixing,
+        )
+        region = region_cross_entropy(
+            student_outputs,
+            teacher_outputs,
+            regions,
+            teacher_regions,
+            self.center_region,
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+            mixing=mixing,
+        )
+        total = self.view_weight * view + self.region_weight * region
+        return LossTerms(total=total, view=view.detach(), region=region.detach())
+
+    def update_center(
+        self, teacher_outputs: list[NetworkOutput], teacher_prototypes: PrototypeWeights, finite: Tensor | None = None
+    ) -> None:
+        """Move both centres by one optimizer step: over all teacher views (and all their regions), micro-batches and ranks.
+
+        teacher_outputs  of every micro-batch of the step, in any order
+        finite           0-d tensor; where 0 the centres stay
+        """
+        views = [output.view for output in teacher_outputs]
+        regions = [region_embeddings(output) for output in teacher_outputs]
+        matrix, _ = _region_matrices(teacher_prototypes, teacher_prototypes)
+        self.center.copy_(updated_center(self.center, views, teacher_prototypes.view, momentum=self.center_momentum, finite=finite))
+        self.center_region.copy_(updated_center(self.center_region, regions, matrix, momentum=self.center_momentum, finite=finite))
+
+
+def _region_matrices(student: PrototypeWeights, teacher: PrototypeWeights) -> tuple[Tensor, Tensor]:
+    if student.region is None or teacher.region is None:
+        raise ValueError("this loss matches regions, but the network was built without region prototypes")
+    return student.region, teacher.region

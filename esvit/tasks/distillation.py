@@ -1,0 +1,163 @@
+"""One optimizer step of self-distillation: what the paper's algorithm does between two batches.
+
+Unusual: a step whose loss is not finite on any rank masks itself and all later steps on the device (parameters, moments,
+EMA, centre), without the host knowing; the flag is read with the meter. Under accumulation the centre sees the teacher's
+embeddings of all micro-batches and the EMA moves once, so that k micro-batches of B images are one step of k * B.
+
+Letters: B images, V crops.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from esvit import distributed
+from esvit.augmentations.mixing import Mixing
+from esvit.losses.combined import ViewRegionLoss
+from esvit.losses.view import ViewLoss
+from esvit.networks import MultiCropNetwork
+from esvit.optimizers import StudentOptimizer
+from esvit.records import LossTerms, NetworkOutput, PrototypeWeights, StepValues
+from esvit.runtime import Runtime
+from esvit.teacher import Teacher
+
+Phase = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves behind, on the device.
+
+    terms          means over the micro-batches, of this rank
+    gradient_norm  of the whole gradient before clipping
+    finite         0-d bool: loss (and, but for fp16, gradient) finite on every rank
+    finite_here    0-d bool: loss finite on this rank
+    """
+
+    terms: LossTerms
+    gradient_norm: Tensor
+    finite: Tensor
+    finite_here: Tensor
+    student_outputs: list[NetworkOutput]
+    teacher_outputs: list[NetworkOutput]
+    student_prototypes: PrototypeWeights
+    teacher_prototypes: PrototypeWeights
+
+
+class Distillation:
+    """Student, teacher, loss and optimizer, and the step that joins them.
+
+    network        the student, on the runtime's device; wrapped for several ranks here
+    global_count   how many of the first crops the teacher sees
+    accumulation   micro-batches per step
+    mixing         mixes the student's images, or None; the teacher sees clean ones
+    phase          context manager around each part of the step, for profilers
+    """
+
+    def __init__(
+        self,
+        *,
+        network: MultiCropNetwork,
+        loss: ViewLoss | ViewRegionLoss,
+        optimizer: StudentOptimizer,
+        runtime: Runtime,
+        global_count: int,
+        accumulation: int,
+        mixing: Mixing | None,
+        phase: Phase = record_function,
+    ):
+        self.network = network
+        self.teacher = Teacher(network)
+        self.loss = loss
+        self.optimizer = optimizer
+        self.runtime = runtime
+        self.global_count = global_count
+        self.accumulation = accumulation
+        self.mixing = mixing
+        self.phase = phase
+        self.student = _over_ranks(network, runtime)
+
+    def step(self, micro_batches: Iterable[list[Tensor]], now: StepValues, *, sound: Tensor, rng: np.random.Generator) -> StepResult:
+        """Update everything once.
+
+        micro_batches  `accumulation` lists of V normalised crops (B, C, H_v, W_v) on the device
+        sound          0-d bool: False masks all updates, because an earlier step was not finite
+        """
+        self.optimizer.set(now)
+        teacher_prototypes = self.teacher.prototypes()
+        all_targets: list[NetworkOutput] = []
+        all_terms: list[LossTerms] = []
+        for number, crops in enumerate(micro_batches, start=1):
+            with self._gradients_over_ranks(is_last=number == self.accumulation), self.runtime.autocast():
+                with self.phase("teacher"):
+                    targets = self.teacher(crops[: self.global_count])
+                with self.phase("student"):
+                    mixed, weights = (crops, None) if self.mixing is None else self.mixing(crops, rng)
+                    outputs = self.student(mixed)
+                    student_prototypes = self.network.prototypes()
+                with self.phase("loss"):
+                    terms = self.loss(outputs, targets, student_prototypes, teacher_prototypes, now.temperature, weights)
+                with self.phase("backward"), torch.autocast(self.runtime.device.type, enabled=False):
+                    self.optimizer.backward(terms.total / self.accumulation)
+            all_targets += targets
+            all_terms.append(terms)
+        terms = _mean(all_terms)
+        finite_here = terms.total.isfinite()
+        finite = sound & distributed.minimum(finite_here.float()).bool()
+        with self.phase("optimizer"):
+            gradient_norm = self.optimizer.step(finite)
+        if self.runtime.precision != "fp16":  # fp16 overflows now and then, and its scaler deals with it
+            finite = finite & gradient_norm.isfinite()
+        with self.phase("centre"):
+            self.loss.update_center(all_targets, teacher_prototypes, finite)
+        with self.phase("EMA"):
+            self.teacher.update(self.network, now.momentum, finite)
+        return StepResult(
+            terms=terms,
+            gradient_norm=gradient_norm,
+            finite=finite,
+            finite_here=finite_here,
+            student_outputs=outputs,
+            teacher_outputs=targets,
+            student_prototypes=student_prototypes,
+            teacher_prototypes=teacher_prototypes,
+        )
+
+    def state_dict(self) -> dict:
+        """Plain containers and tensors; `student` and `teacher` are state dicts of `MultiCropNetwork`."""
+        return {
+            "student": self.network.state_dict(),
+            "teacher": self.teacher.network.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _gradients_over_ranks(self, *, is_last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are averaged over ranks once a step, in the backward pass of the last micro-batch."""
+        if isinstance(self.student, DistributedDataParallel) and not is_last:
+            return self.student.no_sync()
+        return contextlib.nullcontext()
+
+
+def _over_ranks(network: MultiCropNetwork, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return network
+    device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    # Batch norm's running statistics are not broadcast: they are synchronised on CUDA, and never used in training.
+    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _mean(terms: list[LossTerms]) -> LossTerms:
+    """Of detached scalars."""
+    regions = [each.region for each in terms if each.region is not None]
+    return LossTerms(
+        total=torch.stack([each.total.detach() for each in terms]).mean(),
+        view=torch.stack([each.view for each in terms]).mean(),
+        region=torch.stack(regions).mean() if regions else None,
+    )

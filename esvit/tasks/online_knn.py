@@ -1,0 +1,134 @@
+"""k-NN of the teacher on a labelled split while it trains, and once the trivial features that it has to beat."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from esvit.augmentations.evaluation import EvaluationCrop
+from esvit.backbones.base import Backbone
+from esvit.data.base import Data, ImageSet
+from esvit.data.loading import evaluation_batches
+from esvit.errors import OptionError
+from esvit.evaluation.baselines import color_histogram, raw_pixels
+from esvit.evaluation.features import extract_features, in_dataset_order
+from esvit.evaluation.knn import weighted_knn
+from esvit.runtime import Runtime
+
+
+@dataclass(kw_only=True)
+class OnlineKnn:
+    """Options. every_epochs 0 means never; images are resized to a short side of `resize` and cropped to `crop` pixels;
+    at most `max_train_images`, evenly spaced over the training set, are neighbours."""
+
+    every_epochs: int
+    neighbours: int
+    temperature: float
+    resize: int
+    crop: int
+    max_train_images: int
+    baselines: bool
+
+    def open(self, data: Data, train: ImageSet) -> "LabelledSplit | None":
+        """The images to evaluate on, or None if this is switched off.
+
+        Raises OptionError where labels or validation images are missing, or there are fewer images than neighbours.
+        """
+        if self.every_epochs <= 0:
+            return None
+        validation = data.validation()
+        if validation is None:
+            raise OptionError("data.val_root", "is not set, but task.online_knn.every_epochs asks for k-NN", "give the validation folder, or set it to 0")
+        if train.labels is None or validation.labels is None:
+            raise OptionError("task.online_knn.every_epochs", "k-NN needs labels, and the images have none", "set it to 0, or give folders with one sub-folder per class")
+        if validation.class_names != train.class_names:
+            raise OptionError("data.val_root", "its classes are not those of data.root", "give both the same class folders")
+        count = min(len(train), self.max_train_images)
+        if count < self.neighbours:
+            raise OptionError("task.online_knn.neighbours", f"{self.neighbours} neighbours among {count} training images", f"use at most {count}")
+        return LabelledSplit(self, data, train, validation)
+
+
+class LabelledSplit:
+    """Training images as neighbours, validation images as queries."""
+
+    def __init__(self, options: OnlineKnn, data: Data, train: ImageSet, validation: ImageSet):
+        assert train.labels is not None and validation.labels is not None
+        self.options = options
+        self.workers = data.workers
+        self.batch_size = data.batch_size
+        count = min(len(train), options.max_train_images)
+        self.train = Subset(train, np.linspace(0, len(train) - 1, count).round().astype(np.int64))
+        self.validation = Subset(validation, np.arange(len(validation)))
+        self.transform = EvaluationCrop(resize=options.resize, crop=options.crop)
+
+    def of_backbone(self, backbone: Backbone, normalize: Callable[[Tensor], Tensor], runtime: Runtime) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy (percent) of the pooled features of `backbone`; all ranks share the work."""
+
+        def features(images: Subset) -> Tensor:
+            with runtime.autocast():
+                return extract_features(
+                    backbone=backbone,
+                    batches=self._batches(images, runtime.rank, runtime.world_size),
+                    normalize=normalize,
+                    device=runtime.device,
+                    count=len(images),
+                )
+
+        return self._accuracy(features(self.train), features(self.validation))
+
+    def of_trivial_features(self) -> dict[str, float]:
+        """Top-1 accuracy (percent) of raw pixels and of colour histograms of the same crops."""
+
+        def features(images: Subset, describe: Callable[[Tensor], Tensor]) -> Tensor:
+            rows, places = zip(*((describe(crops), indices) for crops, indices in self._batches(images, 0, 1)), strict=True)
+            return in_dataset_order(torch.cat(rows), torch.cat(places), len(images))
+
+        described = {"knn/raw_pixels": raw_pixels, "knn/color_histogram": color_histogram}
+        return {
+            name: self._accuracy(features(self.train, describe), features(self.validation, describe))[0]
+            for name, describe in described.items()
+        }
+
+    def _batches(self, images: "Subset", rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return evaluation_batches(
+            images=images, transform=self.transform, batch_size=max(64, self.batch_size), workers=self.workers, rank=rank, world_size=world_size
+        )
+
+    def _accuracy(self, train_features: Tensor, test_features: Tensor) -> tuple[float, float]:
+        result = weighted_knn(
+            train_features=train_features,
+            train_labels=torch.from_numpy(self.train.labels),
+            test_features=test_features,
+            test_labels=torch.from_numpy(self.validation.labels),
+            neighbours=self.options.neighbours,
+            temperature=self.options.temperature,
+            classes=len(self.train.class_names),
+            option="task.online_knn.neighbours",
+        )[self.options.neighbours]
+        return result.top1, result.top5
+
+
+class Subset(ImageSet):
+    """The images of `images` at `indices` (n,) int64, all labelled."""
+
+    labels: np.ndarray
+
+    def __init__(self, images: ImageSet, indices: np.ndarray):
+        assert images.labels is not None
+        self.images = images
+        self.indices = indices
+        self.labels = images.labels[indices]
+        self.class_names = images.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Image.Image:
+        return self.images.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))

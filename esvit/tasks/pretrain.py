@@ -1,0 +1,422 @@
+"""Pre-training by self-distillation with view- and region-level losses (EsViT, Li et al. 2022): the loop around `Distillation`.
+
+Unusual: every random draw is keyed (views by epoch and position, the rest by step and rank), so that a resumed run repeats
+bit for bit what it would have done; and the host waits for the device only where a log record is due.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esvit import distributed
+from esvit.augmentations.evaluation import Normalize
+from esvit.augmentations.mixing import Mixing
+from esvit.augmentations.multicrop import MultiCrop
+from esvit.backbones.base import Backbone
+from esvit.checkpoints import CheckpointFolder, load_checkpoint_file, strict_load
+from esvit.data.bad_images import BadImages
+from esvit.data.base import Data, ImageSet
+from esvit.data.loading import TrainLoader
+from esvit.errors import Interrupted, OptionError
+from esvit.evaluation.figures import crops_grid
+from esvit.evaluation.health import diagnose, health_signs
+from esvit.losses.combined import ViewRegionLoss
+from esvit.losses.view import ViewLoss
+from esvit.networks import HeadOptions
+from esvit.optimizers import AdamW, LARS, SGD
+from esvit.run_folder import RunFolder, write_atomically
+from esvit.runtime import Runtime, warn_of_thread_change
+from esvit.schedules import Schedules, scaled_learning_rate
+from esvit.tasks.distillation import Distillation, StepResult
+from esvit.tasks.meter import Meter
+from esvit.tasks.nonfinite import save_bad_batch
+from esvit.tasks.online_knn import LabelledSplit, OnlineKnn
+from esvit.tasks.plan import plan_lines
+from esvit.tasks.summary import final_metrics, table, write_run_report
+from esvit.tracking.base import Tracker
+from esvit.tracking.console import Progress
+from esvit.tracking.system import SystemMonitor
+
+HEALTH_GRACE_STEPS = 300  # a fresh network maps all images to nearly one point, which is no alarm yet
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """The parts of a pre-training run; every field is an option or is built from a config group.
+
+    accumulation      micro-batches per optimizer step
+    log_every         optimizer steps between log records
+    health_every      optimizer steps between signs of health; 0 means never
+    checkpoint_every  optimizer steps between checkpoints, of which `checkpoint_keep` are kept
+    max_steps         stop after so many optimizer steps, with schedules of full length; None means at the end
+    checkpoint        a checkpoint file whose student, teacher and centres the run begins with, or None
+    """
+
+    backbone: Backbone
+    head: HeadOptions
+    loss: ViewLoss | ViewRegionLoss
+    augmentation: MultiCrop
+    mixing: Mixing | None
+    normalize: Normalize
+    data: Data
+    optimizer: AdamW | SGD | LARS
+    schedule: Callable[..., Schedules]
+    online_knn: OnlineKnn
+    epochs: int
+    max_steps: int | None
+    accumulation: int
+    log_every: int
+    health_every: int
+    checkpoint_every: int
+    checkpoint_keep: int
+    checkpoint: str | None
+
+    def run(self, runtime: Runtime) -> None:
+        """Train to the end, from the run folder's checkpoint where there is one.
+
+        Raises OptionError before any work for options that cannot work, Interrupted after a signal (state saved),
+        and NonFiniteLoss with a report when the loss is no number.
+        """
+        self._check()
+        run = _Run(self, runtime)
+        with runtime.recording() as tracker:
+            run.run(tracker)
+
+    def _check(self) -> None:
+        for option, value, least in (
+            ("task.accumulation", self.accumulation, 1),
+            ("task.log_every", self.log_every, 1),
+            ("task.health_every", self.health_every, 0),
+            ("task.checkpoint_keep", self.checkpoint_keep, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("max_steps", 1 if self.max_steps is None else self.max_steps, 1),
+        ):
+            if value < least:
+                raise OptionError(option, f"{value} is too small", f"use {least} or more")
+
+
+class NonFiniteLoss(OptionError):
+    """The loss became NaN or infinite; nothing after the last good step was kept."""
+
+
+class _Run:
+    """One run of a `Pretrain`, with everything built."""
+
+    def __init__(self, task: Pretrain, runtime: Runtime):
+        self.task = task
+        self.runtime = runtime
+        self.images: ImageSet = task.data.train()
+        self.loader = TrainLoader(
+            images=self.images,
+            transform=task.augmentation,
+            batch_size=task.data.batch_size,
+            workers=task.data.workers,
+            seed=runtime.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            accumulation=task.accumulation,
+            max_bad_fraction=task.data.max_bad_fraction,
+        )
+        self.schedules = task.schedule(
+            epochs=task.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            learning_rate=scaled_learning_rate(task.optimizer.learning_rate, self.loader.images_per_step),
+        )
+        self.stop = min(self.schedules.total_steps, task.max_steps or self.schedules.total_steps)
+        self.labelled: LabelledSplit | None = task.online_knn.open(task.data, self.images)
+        self._check_crop_sizes()
+        network = task.head.attach(task.backbone, regions=task.loss.needs_regions).to(runtime.device)
+        if runtime.world_size > 1 and runtime.device.type == "cuda":
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        task.loss.setup(prototypes=task.head.prototypes)
+        task.loss.to(runtime.device)
+        self.distillation = Distillation(
+            network=network,
+            loss=task.loss,
+            optimizer=task.optimizer.build(network, precision=runtime.precision, device=runtime.device),
+            runtime=runtime,
+            global_count=task.augmentation.global_count,
+            accumulation=task.accumulation,
+            mixing=task.mixing,
+        )
+        self.initial_state = None if task.checkpoint is None else load_checkpoint_file(Path(task.checkpoint))
+        self.meter = Meter(runtime.device)
+        self.notes: list[str] = []
+
+    def run(self, tracker: Tracker) -> None:
+        folder = self.runtime.folder
+        self.tracker = tracker
+        self.checkpoints = CheckpointFolder(folder, keep=self.task.checkpoint_keep)
+        self.bad_images = BadImages(
+            folder=folder, image_count=len(self.images), max_bad_fraction=self.task.data.max_bad_fraction, writes=self.runtime.is_main
+        )
+        self.system = SystemMonitor(folder)
+        start, record_is_due = self._resume()
+        self.progress = Progress(total=self.stop, start=start, is_main=self.runtime.is_main)
+        self._announce(start)
+        if record_is_due:  # the last attempt was stopped before it could evaluate
+            self._record(start, None)
+        began = time.monotonic()
+        try:
+            self._train(start)
+        finally:
+            self.progress.close()
+        self._finish(images=(self.stop - start) * self.loader.images_per_step, seconds=time.monotonic() - began)
+
+    def _train(self, start: int) -> None:
+        batches = self._on_device(self.loader.from_step(start)) if start < self.stop else iter(())
+        for step in range(start, self.stop):
+            now = self.schedules.at(step)
+            rng = self.runtime.seed_step(step)
+            micro_batches = itertools.islice(batches, self.task.accumulation)
+            result = self.distillation.step(micro_batches, now, sound=self.meter.finite, rng=rng)
+            self.meter.add(result, step=step, images=self.loader.images_per_step)
+            self.progress.advance()
+
+            done = step + 1
+            signal = self.runtime.stop_signal()
+            record_is_due = self._is_record_due(done)
+            if record_is_due and not signal:
+                self._record(done, result)
+            if signal or done % self.task.checkpoint_every == 0 or done == self.stop:
+                self._save(done, record_is_due=record_is_due and bool(signal))
+            if signal:
+                raise Interrupted(signal, done)
+
+    def _on_device(self, batches: Iterator) -> Iterator[list[Tensor]]:
+        """Normalised crops of each micro-batch; the time spent waiting for the loader goes to the meter."""
+        while True:
+            since = time.perf_counter()
+            views = next(batches)
+            self.meter.waited(time.perf_counter() - since)
+            self.bad_images.add(views.bad_images)
+            yield [self.task.normalize(crop) for crop in views.to(self.runtime.device).crops]
+
+    # ------------------------------------------------------------------ records
+
+    def _is_record_due(self, done: int) -> bool:
+        return done % self.task.log_every == 0 or self._is_health_due(done) or self._is_knn_due(done) or done == self.stop
+
+    def _is_health_due(self, done: int) -> bool:
+        return self.task.health_every > 0 and done % self.task.health_every == 0
+
+    def _is_knn_due(self, done: int) -> bool:
+        if self.labelled is None:
+            return False
+        return done % (self.task.online_knn.every_epochs * self.loader.steps_per_epoch) == 0 or done == self.stop
+
+    def _record(self, done: int, result: StepResult | None) -> None:
+        """Read the meter, look at health and k-NN where they are due, and log one record for `done` completed steps."""
+        now = self.schedules.at(done - 1)
+        signs = self._health(result, now.temperature) if result is not None and self._is_health_due(done) else {}
+        metrics = self.meter.read()
+        self._stop_if_not_finite()
+        metrics |= {name: float(value) for name, value in signs.items()}
+        for alarm in self._alarms(signs and metrics, done):
+            self.progress.say(f"ALARM  {alarm}")
+            self.notes.append(alarm)
+        if self._is_knn_due(done):
+            metrics |= self._knn() | self._baselines()
+        metrics |= {
+            "schedule/learning_rate": now.learning_rate,
+            "schedule/weight_decay": now.weight_decay,
+            "schedule/momentum": now.momentum,
+            "schedule/temperature": now.temperature,
+            "memory/peak_gb": self.runtime.peak_memory_gb(),
+            "data/bad_images": sum(distributed.gather_objects(self.bad_images.count)),
+        }
+        if self.runtime.is_main:
+            metrics |= self.system.metrics()
+        self.tracker.log(done, now.epoch, metrics)
+        self.progress.show(done, now.epoch, metrics)
+        self.meter.restart_clock()
+
+    def _health(self, result: StepResult, temperature: float) -> dict[str, Tensor]:
+        return health_signs(
+            student_outputs=result.student_outputs,
+            teacher_outputs=result.teacher_outputs,
+            student_prototypes=result.student_prototypes,
+            teacher_prototypes=result.teacher_prototypes,
+            center=self.task.loss.center,
+            student_temperature=self.task.loss.student_temperature,
+            teacher_temperature=temperature,
+        ).as_metrics()
+
+    def _alarms(self, signs: dict[str, float], done: int) -> list[str]:
+        if not signs:
+            return []
+        return diagnose(
+            signs,
+            step=done,
+            grace_steps=HEALTH_GRACE_STEPS,
+            prototypes=self.task.head.prototypes,
+            rows=self.task.data.batch_size * self.task.augmentation.global_count,
+        )
+
+    def _knn(self) -> dict[str, float]:
+        assert self.labelled is not None
+        top1, top5 = self.labelled.of_backbone(self.distillation.teacher.network.backbone, self.task.normalize, self.runtime)
+        return {"knn/teacher": top1, "knn/teacher_top5": top5}
+
+    def _baselines(self) -> dict[str, float]:
+        """What the teacher has to beat, as measured before the first step; nothing if that was not asked for."""
+        return json.loads(self._baselines_file.read_text()) if self._baselines_file.exists() else {}
+
+    @property
+    def _baselines_file(self) -> Path:
+        return self.runtime.folder / "baselines.json"
+
+    def _measure_baselines(self) -> None:
+        assert self.labelled is not None
+        untrained, _ = self.labelled.of_backbone(self.distillation.teacher.network.backbone, self.task.normalize, self.runtime)
+        if self.runtime.is_main:
+            measured = self.labelled.of_trivial_features() | {"knn/untrained": untrained}
+            write_atomically(self._baselines_file, json.dumps(measured))
+        distributed.barrier()
+
+    def _stop_if_not_finite(self) -> None:
+        step = self.meter.first_bad_step()
+        if step is None:
+            return
+        saved = ""
+        if self.meter.was_bad_here() or not any(distributed.gather_objects(self.meter.was_bad_here())) and self.runtime.is_main:
+            saved = str(save_bad_batch(folder=self.runtime.folder, rank=self.runtime.rank, step=step, loader=self.loader, images=self.images))
+        reports = ", ".join(filter(None, distributed.gather_objects(saved)))
+        raise NonFiniteLoss(
+            "optimizer.learning_rate",
+            f"loss or gradient was not finite in step {step + 1}; no update was made from there on, the batch is in {reports}",
+            "lower it, lengthen schedule.warmup_epochs, or use precision=bf16 or fp32; the last checkpoint is from before",
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, done: int, *, record_is_due: bool) -> None:
+        """Write the checkpoint after `done` steps; it is on disk when this returns, on every rank."""
+        self._stop_if_not_finite()
+        rng = distributed.gather_objects(torch.get_rng_state())
+        if self.runtime.is_main:
+            self.tracker.sync_to_disk()
+            epoch, step_of_epoch = divmod(done, self.loader.steps_per_epoch)
+            state = self.distillation.state_dict() | {
+                "step": done,
+                "record_is_due": record_is_due,
+                "meter": self.meter.state_dict(),
+                "sampler": {"epoch": epoch, "step_of_epoch": step_of_epoch, "images_per_step": self.loader.images_per_step, "images": len(self.images)},
+                "rng": rng,
+                "threads": self.runtime.threads,
+                "config": self.config,
+                "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+            }
+            self.checkpoints.save(state, done)
+        distributed.barrier()
+        self.meter.restart_clock()
+
+    @cached_property
+    def config(self) -> dict:
+        return RunFolder(self.runtime.folder).config()
+
+    def _resume(self) -> tuple[int, bool]:
+        """Completed steps, and whether their record is still due; everything is as it was after them."""
+        state = self.checkpoints.load()
+        if state is None:
+            if self.initial_state is not None:
+                self._start_from(self.initial_state)
+            self.tracker.resume(0)
+            return 0, False
+        if state["sampler"]["images"] != len(self.images):
+            raise OptionError("data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images")
+        if state["sampler"]["images_per_step"] != self.loader.images_per_step:
+            raise OptionError(
+                "launcher.processes",
+                f"a step now has {self.loader.images_per_step} images, the run so far had {state['sampler']['images_per_step']}",
+                "use as many processes as before",
+            )
+        warn_of_thread_change(state["threads"], self.runtime.threads)
+        distillation = self.distillation
+        strict_load(distillation.network, state["student"], option="output_dir", what="student")
+        strict_load(distillation.teacher.network, state["teacher"], option="output_dir", what="teacher")
+        strict_load(distillation.loss, state["loss"], option="output_dir", what="loss")
+        distillation.optimizer.load_state_dict(state["optimizer"])
+        self.meter.load_state_dict(state["meter"])
+        if self.runtime.rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][self.runtime.rank])
+        self.tracker.resume(state["step"])
+        return state["step"], state["record_is_due"]
+
+    def _start_from(self, state: dict) -> None:
+        strict_load(self.distillation.network, state["student"], option="checkpoint", what="student")
+        strict_load(self.distillation.teacher.network, state["teacher"], option="checkpoint", what="teacher")
+        strict_load(self.distillation.loss, state["loss"], option="checkpoint", what="loss")
+
+    # ------------------------------------------------------------------ before and after
+
+    def _check_crop_sizes(self) -> None:
+        """Send one empty image of each size through the backbone, so that impossible sizes fail before any work."""
+        backbone = self.task.backbone
+        for size in sorted(set(self.task.augmentation.crop_sizes)):
+            try:
+                with torch.no_grad():
+                    backbone.eval()(torch.zeros(1, 3, size, size))
+            except RuntimeError as error:
+                raise OptionError(
+                    "augmentation.global_crops_size" if size == self.task.augmentation.crop_sizes[0] else "augmentation.local_crops_size",
+                    f"the backbone cannot take crops of {size} pixels ({str(error).splitlines()[0]})",
+                    "use larger crops",
+                ) from None
+        backbone.train()
+
+    def _announce(self, start: int) -> None:
+        network = self.distillation.network
+        for line in plan_lines(
+            network=network,
+            backbone=network.backbone,
+            runtime=self.runtime,
+            schedules=self.schedules,
+            images=len(self.images),
+            images_per_step=self.loader.images_per_step,
+            batch_size=self.task.data.batch_size,
+            accumulation=self.task.accumulation,
+            prototypes=self.task.head.prototypes,
+            prototype_matrices=2 if self.task.loss.needs_regions else 1,
+            bottleneck_dim=self.task.head.bottleneck_dim,
+            start=start,
+            stop=self.stop,
+            checkpoint_every=self.task.checkpoint_every,
+        ):
+            self.progress.say(line)
+        if start == 0 and self.labelled is not None and self.task.online_knn.baselines and not self._baselines_file.exists():
+            self._measure_baselines()
+        if self.runtime.is_main:
+            self.tracker.artifact(self.runtime.folder / "config.yaml")
+            if not self._crops_file.exists():
+                sheet = self.loader.redraw(0, range(min(8, len(self.images))))
+                self._crops_file.write_bytes(crops_grid(sheet.crops))
+            self.tracker.artifact(self._crops_file)
+
+    @property
+    def _crops_file(self) -> Path:
+        return self.runtime.folder / "crops.png"
+
+    def _finish(self, *, images: int, seconds: float) -> None:
+        """Final metrics, report and table (rank 0)."""
+        if not self.runtime.is_main:
+            return
+        records = self.tracker.records()
+        metrics = final_metrics(records, step=self.stop, images_per_step=self.loader.images_per_step)
+        if seconds > 0 and images > 0:
+            metrics["images_per_second"] = images / seconds
+        report = write_run_report(
+            self.runtime.folder, records=records, metrics=metrics, config=self.config, crops=self._crops_file, notes=self.notes
+        )
+        self.tracker.artifact(report)
+        self.tracker.final(metrics, self.stop)  # metrics.json, which makes the run a finished one
+        for line in table(metrics, folder=self.runtime.folder, report=report, view_command=self.tracker.view_command):
+            self.progress.say(line)

@@ -1,0 +1,110 @@
+"""Several processes on this machine, one per GPU (or on CPU): what torchrun does, without composing the config in every rank.
+
+The parent passes signals on, ends all ranks when one fails, and keeps the failures in `errors/rank_N.txt` of the run folder.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.job import Job
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_SECONDS_AFTER_FAILURE = 5  # for the other ranks to fail by themselves, and leave their own tracebacks
+
+
+@dataclass(kw_only=True)
+class Gpus:
+    """processes      how many ranks; 0 means one per visible NVIDIA GPU
+    grace_seconds  how long ranks may go on, after one has ended on a signal, before they are killed
+    """
+
+    processes: int
+    grace_seconds: float
+
+    def launch(self, job: Job) -> None:
+        """Run the job in every rank; ends this process with the first failing rank's exit code and message."""
+        count = self.processes or _visible_gpus()
+        with tempfile.TemporaryDirectory() as scratch:
+            port = _free_port()
+            job.write(Path(scratch) / "job.json")
+            ranks = [_start_rank(Path(scratch), job.root, rank, count, port) for rank in range(count)]
+            handlers = {number: signal.signal(number, lambda number, _: _send(ranks, number)) for number in _FORWARDED}
+            try:
+                code = _wait(ranks, self.grace_seconds)
+            finally:
+                _send(ranks, signal.SIGKILL)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+            if code:
+                _tell_failures(Path(scratch), Path(job.folder))
+                sys.exit(code)
+
+
+def _start_rank(scratch: Path, root: str, rank: int, count: int, port: int) -> subprocess.Popen:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+    }
+    # A session of its own: Ctrl-C reaches the parent only, which passes it on once.
+    return subprocess.Popen([sys.executable, "-m", "launchers.worker", str(scratch)], env=environment, start_new_session=True)
+
+
+def _wait(ranks: list[subprocess.Popen], grace_seconds: float) -> int:
+    """Exit code of the first rank that ends with one, or 0; the others get some time to end by themselves."""
+    code = 0
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        codes = [rank.returncode for rank in ranks if rank.returncode]
+        if codes and not code:
+            code = codes[0]
+            deadline = time.monotonic() + (grace_seconds if code > 128 else _SECONDS_AFTER_FAILURE)
+        if time.monotonic() > deadline:
+            _send(ranks, signal.SIGKILL)
+        time.sleep(0.05)
+    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return 128 - code if code < 0 else code  # a rank that was killed by signal n has code -n
+
+
+def _tell_failures(scratch: Path, folder: Path) -> None:
+    """Each distinct message once; the whole texts go into the run folder, if the run got as far as to have one."""
+    texts = sorted(scratch.glob("rank_*.txt"))
+    if folder.exists():
+        (folder / "errors").mkdir(exist_ok=True)
+        for old in (folder / "errors").glob("rank_*.txt"):
+            old.unlink()
+        for text in texts:
+            shutil.copy(text, folder / "errors")
+    for message in dict.fromkeys(text.read_text().strip().splitlines()[-1] for text in texts):
+        print(message if message.startswith("error: ") else f"error: {message} (traceback in {folder / 'errors'})", file=sys.stderr)
+
+
+def _send(ranks: list[subprocess.Popen], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _visible_gpus() -> int:
+    """GPUs by the driver's own list, so that torch need not be imported here; 1 where there is none."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return max(1, len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))

@@ -1,0 +1,98 @@
+"""Compose a config, hand its task to a launcher: `python run.py [group=choice ...] [option=value ...]`."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing paragraphs; conf.explain says it in one line
+warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from conf import help
+
+        return print(help.text())
+    import hydra
+
+    import conf.schema
+    from conf.explain import mistakes_in_one_line
+
+    conf.schema.register()
+    with mistakes_in_one_line():
+        hydra.main(version_base="1.3", config_path="conf", config_name="config")(launch)()
+
+
+def launch(config: Any) -> None:
+    """Turn the composed config into plain data, admit it to its run folder, and hand it to the launcher."""
+    from conf.explain import mistakes_in_one_line
+    from conf.resolve import resolve
+    from launchers.job import Job
+
+    with mistakes_in_one_line():
+        options = resolve(config)
+        if "RANK" in os.environ:  # plain torchrun: every rank has composed for itself, see `run_rank`
+            return execute(options)
+        if admit(options):
+            build(options["launcher"]).launch(Job(function="run:execute", config=options, folder=options["output_dir"], root=str(ROOT)))
+    return None
+
+
+def admit(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Check the run folder, if the task has one; None if the run in it has finished already."""
+    from esvit.run_folder import RunFolder
+
+    if options["has_run_folder"]:
+        folder = RunFolder(options["output_dir"])
+        folder.admit(options["chosen"])
+        if folder.is_finished(options["chosen"]):
+            return print(f"{folder.path} holds a finished run, its results are in metrics.json; nothing to do")
+    return options | {"admitted": True}
+
+
+def execute(options: dict[str, Any]) -> None:
+    """Be one rank; end this process with one line and an exit code where the user or a signal is the cause."""
+    from esvit.errors import Interrupted, OptionError
+
+    try:
+        run_rank(options)
+    except OptionError as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(interruption.exit_code)
+
+
+def run_rank(options: dict[str, Any]) -> None:
+    """Turn options into objects and run the task."""
+    if not options["has_run_folder"]:
+        return build(options["task"]).run()
+
+    from esvit import distributed
+    from esvit.run_folder import RunFolder
+
+    with build(options["runtime"]) as runtime:
+        if "admitted" not in options:
+            options = distributed.from_rank_zero(lambda: admit(options))
+        if options is not None:
+            runtime.records_to(RunFolder(options["output_dir"]), tracking=build(options["tracking"]), config=options["chosen"])
+            build(options["task"]).run(runtime)
+    return None
+
+
+def build(node: dict[str, Any]) -> Any:
+    """The object that `_target_` names, with its parts."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ or error from None  # what the class itself had to say
+
+
+if __name__ == "__main__":
+    main()

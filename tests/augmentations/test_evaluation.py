@@ -1,0 +1,39 @@
+"""The fixed crop and the normalisation, against torchvision."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from esvit.augmentations.evaluation import EvaluationCrop, Normalize
+from esvit.errors import OptionError
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (40, 40), (41, 97)])
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (36, 32), (33, 32), (40, 40)])
+def test_crop_and_normalisation_equal_torchvision(size, resize, crop):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    expected = transforms.Compose([
+        transforms.Resize(resize, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(crop), transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])(image)  # fmt: skip
+    ours = EvaluationCrop(resize=resize, crop=crop)(image)
+    assert ours.dtype == torch.uint8
+    assert Normalize(mean=MEAN, std=STD)(ours[None])[0].equal(expected)
+
+
+def test_normalisation_leaves_its_input_and_gives_float32():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    before = images.clone()
+    assert Normalize(mean=MEAN, std=STD)(images).dtype == torch.float32
+    assert images.equal(before)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(OptionError, match=r"^augmentation\.evaluation\.crop: "):
+        EvaluationCrop(resize=32, crop=40)
+    with pytest.raises(OptionError, match=r"^augmentation\.std: "):
+        Normalize(mean=MEAN, std=[0.2, 0.0, 0.2])
