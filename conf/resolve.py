@@ -8,7 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from conf.schema import inputs, models, running, tasks, training
 from esvit.errors import OptionError
+
+_CONF = Path(__file__).parent
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -16,7 +19,6 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
     Added to the options: `chosen` (what a user chose: no key that only refers to another option, no `_target_`; the
     run's config.yaml) and `has_run_folder` (whether the task writes into a run folder of its own).
-
 
     Raises OptionError for an option without a value, and for one added with `+` that no schema knows.
     """
@@ -72,7 +74,21 @@ def _refuse_unknown(node: DictConfig, prefix: str) -> None:
 
 
 def remedy_for_unknown(name: str, known: list[str]) -> str:
-    """What to type instead of the unknown option `name`."""
+    """What to type instead of the unknown option `name`, where its neighbours are `known`."""
     known = [each for each in known if not each.rsplit(".", 1)[-1].startswith("_")]
+    elsewhere = _choices_that_know(name)
+    if elsewhere:
+        return f"it is an option of {' or '.join(elsewhere[:3])}"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(sorted(known))}" if known else "this choice has no options; see python run.py --help"
+
+
+def _choices_that_know(name: str) -> list[str]:
+    """Other choices of the group, e.g. "launcher=gpus" for launcher.processes."""
+    group, _, option = name.partition(".")
+    schemas = {**models.SCHEMAS, **inputs.SCHEMAS, **training.SCHEMAS, **running.SCHEMAS, **tasks.SCHEMAS}
+    owners = [schema for (each, schema), node in schemas.items() if each == group and option in {field.name for field in dataclasses.fields(node)}]
+    presets = {file.stem: file.read_text() for file in sorted((_CONF / group).glob("*.yaml"))}
+    return [f"{group}={preset}" for preset, text in presets.items() if any(f"/schema/{group}/{owner}@" in text for owner in owners)]

@@ -107,9 +107,9 @@ class Runtime:
 
         Raises OptionError if the folder cannot be written, or another process writes to it.
         """
-        distributed.from_rank_zero(lambda: self._run_folder.begin(self._config))
-        tracker = self._tracking.open(run_folder=self.folder, config=self._config, is_main=self.is_main)
+        tracker = self._open_tracker()  # before anything else is written: it holds the folder's lock
         try:
+            distributed.from_rank_zero(lambda: self._run_folder.begin(self._config))
             yield tracker
         except Interrupted:
             tracker.close("KILLED")
@@ -118,6 +118,22 @@ class Runtime:
             tracker.close("FAILED")
             raise
         tracker.close("FINISHED")
+
+    def _open_tracker(self) -> Any:
+        """This rank's tracker; what rank 0 has to object is raised on every rank."""
+        opened = []
+
+        def open_mine() -> None:
+            try:
+                opened.append(self._tracking.open(run_folder=self.folder, config=self._config, is_main=self.is_main))
+            except OSError as error:
+                found = f"cannot write to '{self.folder}' ({error.strerror})"
+                raise OptionError("output_dir", found, "give a folder that can be written") from None
+
+        distributed.from_rank_zero(open_mine)
+        if not self.is_main:
+            open_mine()
+        return opened[0]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         kind = _AUTOCAST_TYPES[self.precision]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esvit.errors import OptionError
 
-OPTION = "augmentation.mixing"
+OPTION = "task.mixing"
 
 
 class Mixing:

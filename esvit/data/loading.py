@@ -10,8 +10,12 @@ Randomness comes from generators made for the purpose; the state of Python's, nu
 Letters: B images, C channels, h and w the sides of a crop in pixels.
 """
 
+import itertools
 import logging
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -29,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _ORDER, _VIEWS = 0, 1  # what a generator is for: the first number of its key
 _ALWAYS_TRIED = 100  # neighbours of a bad image that are tried however small the tolerated share is
+
+_SECONDS_AFTER_SIGTERM = 30  # that a loading process goes on, for the step in progress
 
 Key = tuple[int, int, int]  # epoch, position in the epoch's permutation, index of the image there
 
@@ -99,6 +105,10 @@ class TrainLoader:
         """The very views that `from_step` gave, or would give, at `positions` of `epoch`, drawn in this process."""
         order = _order(len(self._draws.images), self._draws.seed, epoch)
         return self._draws.views([(epoch, int(position), int(order[int(position)])) for position in positions])
+
+    def redraw_step(self, step: int) -> list[Views]:
+        """This rank's micro-batches of optimizer step `step`, drawn again in this process."""
+        return [self._draws.views(keys) for keys in itertools.islice(self._keys(step), self._accumulation)]
 
     def _keys(self, start: int) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, from the first one of step `start`."""
@@ -209,7 +219,7 @@ def _results(draws: Dataset, keys: Iterable[Any], workers: int, option: str) -> 
             batch_sampler=keys,
             num_workers=workers,  # torch gives each of them one thread
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_shield_from_signals,
             pin_memory=torch.cuda.is_initialized(),  # CUDA is in use, not merely there
             generator=torch.Generator(),  # or DataLoader would draw from torch's global generator
         )
@@ -236,10 +246,22 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _ignore_signals(worker: int) -> None:
-    """Stop signals are the training process's business: sent to the whole process group, they would kill its loaders under it."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _shield_from_signals(worker: int) -> None:
+    """Stop signals are the training process's business: sent to the whole job, they would kill its loaders under it.
+
+    Only the training process's own SIGTERM still ends a loader: that is how Python ends such processes when it exits.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere a signal does not tell its sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

@@ -172,7 +172,10 @@ class _Run:
         self._finish(images=(self.stop - start) * self.loader.images_per_step, seconds=time.monotonic() - began)
 
     def _train(self, start: int) -> None:
-        batches = self._on_device(self.loader.from_step(start)) if start < self.stop else iter(())
+        with contextlib.closing(self._on_device(self.loader.from_step(start))) as batches:  # closing ends the loading processes
+            self._train_on(batches, start)
+
+    def _train_on(self, batches: Iterator[list[Tensor]], start: int) -> None:
         for step in range(start, self.stop):
             now = self.schedules.at(step)
             rng = self.runtime.seed_step(step)
@@ -191,7 +194,7 @@ class _Run:
             if signal:
                 raise Interrupted(signal, done)
 
-    def _on_device(self, batches: Iterator) -> Iterator[list[Tensor]]:
+    def _on_device(self, batches: Iterator[Views]) -> Generator[list[Tensor]]:
         """Normalised crops of each micro-batch; the time spent waiting for the loader goes to the meter."""
         while True:
             since = time.perf_counter()

@@ -33,7 +33,7 @@ class Sync:
                 outcome = send_missing(run, uri=self.uri)
             except Exception as error:  # one run's broken store must not keep the others from theirs
                 failures += 1
-                outcome = f"failed: {one_line(error)}"
+                outcome = f"failed: {error if isinstance(error, OptionError) else one_line(error)}"
             print(f"{run}: {outcome}", flush=True)
         if failures:
             raise OptionError("tracking.uri", f"{failures} of {len(runs)} runs could not be sent", "see the lines above; run this again")

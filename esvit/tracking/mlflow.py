@@ -9,6 +9,7 @@ MLflow is imported by the thread, after the first record: the import takes secon
 an import in progress, because a child would inherit the import's locks.
 """
 
+import concurrent.futures.thread  # noqa: F401  # has fork hooks too; imported while a fork waits for us, they would run by halves
 import fcntl
 import logging
 import math
@@ -57,6 +58,7 @@ def _set_mlflow_environment() -> None:
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -149,7 +151,7 @@ class RunSender:
         run = self._run(client, experiment_id)
         run_id = run.info.run_id
         params = {_mlflow_name(key): value[:_PARAM_LENGTH] for key, value in state.params.items()}
-        missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]  # a param cannot change: the first stays
+        missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]  # none can change
         for start in range(0, len(missing), _PARAMS_PER_CALL):
             client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_CALL], synchronous=True)
         tags = {_mlflow_name(key): value[:_TAG_LENGTH] for key, value in state.tags.items()}

@@ -1,5 +1,7 @@
 """Mixing: the matrix says what the pixels are, teacher crops stay clean, probabilities and modes are kept."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from esvit.augmentations.mixing import Mixing
 from esvit.errors import OptionError
 
-OPTIONS = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5, "mode": "batch", "crops": 10}
+OPTIONS: dict[str, Any] = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5, "mode": "batch", "crops": 10}
 MODES = ["batch", "pair", "elem"]
 
 

@@ -1,5 +1,7 @@
 """Crops and colours: sizes, probabilities over many draws, torchvision as the reference, and refused values."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,13 @@ from esvit.augmentations import multicrop, photometric
 from esvit.augmentations.multicrop import MultiCrop, draw_box, to_tensor
 from esvit.errors import OptionError
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "global_crops_size": 224, "global_crops_scale": [0.4, 1.0], "local_crops_number": 8, "local_crops_size": 96, "local_crops_scale": [0.05, 0.4],
     "jitter_probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gamma": 0.0, "grayscale_probability": 0.2,
     "global_blur_probabilities": [1.0, 0.1], "global_solarize_probabilities": [0.0, 0.2], "local_blur_probability": 0.5,
     "blur_radius": [0.1, 2.0], "flip_probability": 0.5,
 }  # fmt: skip
-PLAIN = {
+PLAIN: dict[str, Any] = {
     **PUBLISHED, "global_crops_size": 8, "global_crops_scale": [1.0, 1.0], "local_crops_size": 8, "local_crops_scale": [1.0, 1.0],
     "local_crops_number": 1, "jitter_probability": 0.0, "grayscale_probability": 0.0, "global_blur_probabilities": [0.0, 0.0],
     "global_solarize_probabilities": [0.0, 0.0], "local_blur_probability": 0.0, "flip_probability": 0.0,

@@ -1,6 +1,7 @@
 """Names packed in arrays, and the options that all formats share."""
 
 import pickle
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,6 @@ def test_image_names_are_known_by_their_ending(name, expected):
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("workers", -1), ("max_bad_fraction", 1.5)])
 def test_an_impossible_value_is_one_line_that_names_the_option(option, value):
-    options = {"root": "x", "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, option: value}
+    options: dict[str, Any] = {"root": "x", "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, option: value}
     with pytest.raises(OptionError, match=rf"^data\.{option}: [^\n]+$"):
         FolderData(**options)

@@ -4,7 +4,9 @@ import itertools
 import multiprocessing
 import os
 import random
-import signal
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +113,7 @@ def test_ranks_and_accumulation_join_to_the_batches_of_one_process(images, world
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_starting_at_a_step_equals_skipping_the_steps_before(images, start, workers):
-    options = {"batch_size": 2, "accumulation": 4, "workers": workers}
+    options: dict[str, Any] = {"batch_size": 2, "accumulation": 4, "workers": workers}
     for ours, theirs in zip(take(loader(images, **options), 6, start), take(loader(images, **options), 6 + 4 * start)[4 * start :], strict=True):
         assert_equal(ours, theirs)
 
@@ -169,7 +171,7 @@ def test_a_bad_image_is_replaced_by_its_next_readable_neighbour_and_named(files,
 
 def test_bad_images_are_counted_once_and_kept_over_a_resume(tmp_path, files, images):
     bad_names = damage(files)
-    options = {"folder": tmp_path, "image_count": len(images), "max_bad_fraction": 0.5}
+    options: dict[str, Any] = {"folder": tmp_path, "image_count": len(images), "max_bad_fraction": 0.5}
     record = BadImages(**options, writes=True)
     for batch in take(loader(images, batch_size=COUNT), 3):
         record.add(batch.bad_images)
@@ -203,14 +205,31 @@ def test_a_stop_signal_to_the_whole_process_group_leaves_the_loading_processes_a
     stream = loader(images, batch_size=2, workers=1).from_step(0)
     first = next(stream)
     (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(worker.pid, number)
+    for name in ("TERM", "USR1", "INT"):
+        subprocess.run(["/bin/sh", "-c", f"kill -{name} {worker.pid}"], check=True)  # from a process that is not the worker's parent
     rest = [next(stream) for _ in range(30)]
     for ours, theirs in zip([first, *rest], take(loader(images, batch_size=2), 31), strict=True):
         assert_equal(ours, theirs)
     stream.close()
     worker.join(timeout=20)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_no_loading_process_outlives_or_holds_up_the_training_process(tmp_path, images, ending):
+    code = f"""
+import multiprocessing, os, signal
+from esvit.data.folder import FolderImages
+from tests.data.test_loading import loader
+images = FolderImages({str(tmp_path / "images")!r}, option="data.root", class_names=None)
+stream = loader(images, batch_size=2, workers=2).from_step(0)
+next(stream)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)  # stdout closes with the last process
+    assert ended.returncode == (0 if not ending else 3 if "Exit" in ending else -9)
+    assert len(ended.stdout.split()) == 2
 
 
 class KillsItsProcess(CornerAndNoise):
@@ -256,8 +275,9 @@ def test_evaluation_covers_every_image_once_in_order(images, workers, world_size
 
 
 def test_evaluation_leaves_bad_images_out_and_names_them(files, images, caplog):
-    bad_names, told = damage(files), []
-    options = {"images": images, "transform": EvaluationCrop(resize=8, crop=8), "batch_size": 1, "workers": 0, "rank": 0, "world_size": 1}
+    bad_names = damage(files)
+    told: list[str] = []
+    options: dict[str, Any] = {"images": images, "transform": EvaluationCrop(resize=8, crop=8), "batch_size": 1, "workers": 0, "rank": 0, "world_size": 1}
     batches = list(evaluation_batches(**options, on_bad_images=told.extend))
     assert told == bad_names
     assert [int(indices) for _, indices in batches] == [index for index in range(COUNT) if index not in (3, 4, 12, 20)]

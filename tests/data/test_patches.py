@@ -1,6 +1,7 @@
 """Patches of photos: no overlap of training and validation, the same places in every run."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.data.pictures import picture
 
 
 def photo_patches(**changed):
-    options = {"root": None, "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, "patch_size": 40,
+    options: dict[str, Any] = {"root": None, "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, "patch_size": 40,
                "train_patches_per_photo": 400, "val_patches_per_photo": 60}  # fmt: skip
     return PhotoPatches(**{**options, **changed})
 

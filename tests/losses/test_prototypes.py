@@ -90,3 +90,22 @@ def test_gradients_pass_torchs_numerical_check(monkeypatch):
 
     inputs = [tensor.requires_grad_() for tensor in (noise(7, 3), noise(5, 3), noise(11, 3))]
     assert torch.autograd.gradcheck(total, inputs)
+
+
+def test_float16_keeps_the_gradient_of_prototypes_that_are_hardly_ever_chosen():
+    """Their probability, 4e-8 here, and the weight of a row in the total are too small for a plain float16."""
+    rows, count, width = 64, 5000, 16
+    generator = torch.Generator().manual_seed(0)
+    students = F.normalize(torch.randn(rows, width, generator=generator), dim=-1)
+    students[:, 0] = 1.7
+    prototypes = 0.02 * torch.randn(count, width, generator=generator)
+    prototypes[0, 0] = 1
+    prototypes.requires_grad_()
+    match = torch.eye(rows) / 10000
+    arguments = students, prototypes, students, prototypes.detach(), torch.zeros(1, count), match
+
+    expected = torch.autograd.grad(ours(*arguments), prototypes)[0]
+    with torch.autocast("cpu", dtype=torch.float16):
+        total = ours(*arguments)
+    gradient = torch.autograd.grad(total, prototypes)[0]
+    assert ((gradient - expected)[1:].norm() / expected[1:].norm()).item() < 0.01
