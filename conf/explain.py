@@ -60,7 +60,7 @@ def _unknown_option(cause: OmegaConfBaseException) -> str:
     name = str(cause.full_key or cause.key)
     parent = cause.parent_node
     prefix = name.rpartition(".")[0]
-    siblings = [f"{prefix}.{key}" if prefix else str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    siblings = [f"{prefix}.{key}" if prefix else key for key in map(str, parent)] if isinstance(parent, DictConfig) else []
     remedy = remedy_for_unknown(name, siblings) if siblings else "see python run.py --help"
     return f"{name}: no such option; {remedy}"
 

@@ -24,7 +24,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     """
     _refuse_unknown(config, "")
     missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
+    if missing and config.task.has_run_folder:  # a task without one uses none of the groups
         raise OptionError(missing[0], "has no value", f"give one, e.g. {missing[0]}=...")
     options = _plain(config, resolve=True)
     references = _plain(config, resolve=False)
@@ -61,7 +61,7 @@ def _drop_references(raw: dict[Any, Any], plain: dict[str, Any], *, top: bool = 
 def _refuse_unknown(node: DictConfig, prefix: str) -> None:
     kind = OmegaConf.get_type(node)
     known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
-    for key in node:
+    for key in map(str, node):
         name = f"{prefix}{key}"
         if known is not None and str(key) not in known:
             own = [f"{prefix}{each}" for each in known if not OmegaConf.is_interpolation(node, each)]

@@ -164,17 +164,17 @@ class StudentOptimizer:
         if ours.keys() != theirs.keys():
             names = sorted(ours.keys() ^ theirs.keys())
             found = f"the optimizer's state is of other parameters ({len(names)} differ, {names[0]} for example)"
-            raise OptionError("checkpoint", found, remedy)
+            raise OptionError("output_dir", found, remedy)
         if sorted(saved["decayed"]) != sorted(self.groups[0].names):
-            raise OptionError("checkpoint", "weight decay applies to other parameters in the optimizer's state", remedy)
+            raise OptionError("output_dir", "weight decay applies to other parameters in the optimizer's state", remedy)
         for name, state in ours.items():
             here = {key: tuple(value.shape) for key, value in state.items()}
             there = {key: tuple(value.shape) for key, value in theirs[name].items()}
             if here != there:
-                raise OptionError("checkpoint", f"the optimizer's state of {name} is {there}, here it is {here}", remedy)
+                raise OptionError("output_dir", f"the optimizer's state of {name} is {there}, here it is {here}", remedy)
         if (saved["scaler"] is None) != (self.scaler is None):
             held = "no fp16 scale" if saved["scaler"] is None else "an fp16 scale"
-            raise OptionError("checkpoint", f"the optimizer's state holds {held}", "resume with the precision of that run")
+            raise OptionError("output_dir", f"the optimizer's state holds {held}", "resume with the precision of that run")
         for name, state in ours.items():
             for key, value in state.items():
                 value.copy_(theirs[name][key])

@@ -4,6 +4,7 @@
     log.jsonl     one object per logged step    checkpoint.pt  latest state, checkpoint_<step>.pt the kept ones
 """
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -35,12 +36,24 @@ class RunFolder:
         Raises OptionError with the list of options that a resumed run must not change.
         """
         if self.config_file.exists():
-            self._refuse_changes(self.config(), config)
+            before = self.config()
+            self._refuse_changes(before, config)
+            if config["epochs"] > before["epochs"]:
+                warnings.warn(
+                    f"epochs: raised from {before['epochs']} to {config['epochs']}; the schedules stretch with it, so the run is not what "
+                    f"{config['epochs']} epochs from the start would be",
+                    stacklevel=2,
+                )
         elif self.path.exists() and not self.path.is_dir():
             raise OptionError("output_dir", f"'{self.path}' is a file", "give a folder")
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Make the folder, if need be, and write `config` into it. An extended run loses its `metrics.json`: it is not finished any more."""
+        """Make the folder, if need be, and write `config` into it. An extended run loses its `metrics.json`: it is not finished any more.
+
+        Raises OptionError if it cannot be written, or if another run has begun in it since `admit`.
+        """
+        if self.config_file.exists():
+            self._refuse_changes(self.config(), config)
         if self.metrics_file.exists() and not self.is_finished(config):
             self.metrics_file.unlink()
         try:
@@ -58,18 +71,16 @@ class RunFolder:
         if not self.metrics_file.exists():
             return False
         before = self.config()
-        return (before.get("epochs"), before.get("max_steps")) == (config.get("epochs"), config.get("max_steps"))
+        if before["epochs"] != config["epochs"]:
+            return False
+        reached = json.loads(self.metrics_file.read_text())["step"]
+        return before["max_steps"] == config["max_steps"] or (config["max_steps"] is not None and config["max_steps"] <= reached)
 
     def _refuse_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         old, new = flatten(before), flatten(now)
         changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _is_free(key)]
         if "epochs" in changed and new["epochs"] > old["epochs"]:
             changed.remove("epochs")
-            warnings.warn(
-                f"epochs: raised from {old['epochs']} to {new['epochs']}; the schedules stretch with it, so the run is not what "
-                f"{new['epochs']} epochs from the start would be",
-                stacklevel=2,
-            )
         if changed:
             described = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed)
             raise OptionError(

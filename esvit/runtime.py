@@ -66,7 +66,7 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if self.device.type == "cuda" else None
             dist.init_process_group(backend, timeout=self.timeout, device_id=device_id)
-            self._vote_group = dist.new_group(backend="gloo", timeout=self.timeout)
+            self._vote_group = dist.new_group(backend="gloo", timeout=self.timeout)  # type: ignore[assignment]  # never -100 for a member
         for number in _STOP_SIGNALS:
             self._old_handlers[number] = signal.signal(number, self._on_signal)
         self._seed_everything(self.seed)

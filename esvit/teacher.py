@@ -11,16 +11,17 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from esvit.networks import MultiCropNetwork
 from esvit.records import NetworkOutput, PrototypeWeights
 
 
 class Teacher(nn.Module):
     """`network` is the EMA copy of `student`, a MultiCropNetwork not wrapped in DistributedDataParallel."""
 
-    def __init__(self, student: nn.Module):
+    def __init__(self, student: MultiCropNetwork):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
-        self.network.backbone.disable_drop_path()  # type: ignore[operator, union-attr]
+        self.network.backbone.disable_drop_path()
         self.train()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -34,7 +35,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def prototypes(self) -> PrototypeWeights:
-        return self.network.prototypes()  # type: ignore[operator]
+        return self.network.prototypes()
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float, finite: Tensor) -> None:

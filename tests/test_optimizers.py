@@ -310,7 +310,7 @@ def test_state_of_another_network_is_refused_before_anything_is_loaded(change):
     change(other)
     other_optimizer = make("adamw").build(other, precision="fp32", device=CPU)
     before = bits(other, other_optimizer)
-    with pytest.raises(OptionError, match="^checkpoint: "):
+    with pytest.raises(OptionError, match="^output_dir: "):
         other_optimizer.load_state_dict(optimizer.state_dict())
     assert_same_bits(before, bits(other, other_optimizer))
 
@@ -320,7 +320,7 @@ def test_state_of_another_optimizer_or_precision_or_decay_is_refused():
     _, sgd = build("sgd")
     _, half = build("adamw", precision="fp16")
     for made, state in ((sgd, adamw.state_dict()), (half, adamw.state_dict()), (adamw, half.state_dict())):
-        with pytest.raises(OptionError, match="^checkpoint: "):
+        with pytest.raises(OptionError, match="^output_dir: "):
             made.load_state_dict(state)
     with pytest.raises(OptionError, match="weight decay"):
         adamw.load_state_dict(adamw.state_dict() | {"decayed": ["body.weight"]})

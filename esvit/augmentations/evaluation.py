@@ -22,7 +22,7 @@ class EvaluationCrop:
     def __init__(self, *, resize: int, crop: int):
         if not 1 <= crop <= resize:
             found = f"a crop of {crop} pixels from a short side of {resize}"
-            raise OptionError("augmentation.evaluation.crop", found, "use 1 <= crop <= resize")
+            raise OptionError("task.online_knn.crop", found, "use 1 <= crop <= resize")
         self._resize = resize
         self._crop = crop
 
@@ -41,7 +41,7 @@ class Normalize:
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float]):
         if min(std) <= 0 or len(mean) != len(std):
-            raise OptionError("augmentation.std", f"{list(std)} for means {list(mean)}", "give one positive number for each channel")
+            raise OptionError("task.normalize.std", f"{list(std)} for means {list(mean)}", "give one positive number for each channel")
         self._mean_and_std = torch.tensor([list(mean), list(std)]).view(2, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Mixing:
         self._cutmix_probability = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else switch_probability
         self._cutmix_alpha = cutmix_alpha
         self._probability = probability
+        self.is_on = probability > 0 and crops > 0
         self._mode = mode
         self._crops = crops
 

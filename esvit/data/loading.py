@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -213,17 +214,17 @@ class _EvaluationDraws(Dataset):
 
 def _results(draws: Dataset, keys: Iterable[Any], workers: int, option: str) -> Iterator[Any]:
     """What `draws` makes of each list of keys, in order, by one DataLoader: its processes live as long as this iterator."""
-    results = iter(
-        DataLoader(
-            draws,
-            batch_sampler=keys,
-            num_workers=workers,  # torch gives each of them one thread
-            collate_fn=_unchanged,
-            worker_init_fn=_shield_from_signals,
-            pin_memory=torch.cuda.is_initialized(),  # CUDA is in use, not merely there
-            generator=torch.Generator(),  # or DataLoader would draw from torch's global generator
-        )
+    loader = DataLoader(
+        draws,
+        batch_sampler=keys,
+        num_workers=workers,  # torch gives each of them one thread
+        collate_fn=_unchanged,
+        worker_init_fn=_shield_from_signals,
+        pin_memory=torch.cuda.is_initialized(),  # CUDA is in use, not merely there
+        generator=torch.Generator(),  # or DataLoader would draw from torch's global generator
     )
+    with _sigterm_blocked():
+        results = iter(loader)
     while True:
         try:
             result = next(results)
@@ -246,6 +247,19 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Processes started inside keep SIGTERM blocked, in every thread that torch makes in them; this thread goes back to what it was."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _shield_from_signals(worker: int) -> None:
     """Stop signals are the training process's business: sent to the whole job, they would kill its loaders under it.
 
@@ -254,7 +268,6 @@ def _shield_from_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere a signal does not tell its sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 

@@ -1,6 +1,6 @@
 """Pooled features of a whole image set, one row per image in dataset order, whatever rank computed them.
 
-Letters: B images of a batch, N images of the set, D backbone width.
+Letters: B images of a batch, D backbone width.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,17 +20,15 @@ def extract_features(
     batches: Iterable[tuple[Tensor, Tensor]],
     normalize: Callable[[Tensor], Tensor],
     device: torch.device,
-    count: int,
-) -> Tensor:
-    """(N, D) float32 on the CPU, on every rank; row i is image i of the set.
+) -> tuple[Tensor, Tensor]:
+    """(n, D) float32 features and the n places that they belong to, in rising order, on the CPU, on every rank.
 
     backbone   in whatever mode: runs in eval mode, and every submodule is back in its own mode afterwards
     batches    this rank's share: uint8 crops (B, C, h, w) and the images' places in the set (B,) int64; shares may differ in length
                and overlap (an image computed twice counts once)
     normalize  makes float crops of uint8 crops, on the device
-    count      N
 
-    Precision is the caller's autocast. Raises ValueError if a place is outside 0 .. N - 1 or was computed by no rank.
+    Images that could not be read are in no batch, hence n may be less than the size of the set. Precision is the caller's autocast.
     """
     rows: list[Tensor] = []
     places: list[Tensor] = []
@@ -41,24 +39,15 @@ def extract_features(
     # a rank whose share is empty still takes part in the gathering
     features = torch.cat(rows) if rows else torch.zeros(0, backbone.dim, device=device)
     indices = torch.cat(places).to(device) if places else torch.zeros(0, dtype=torch.int64, device=device)
-    return in_dataset_order(gather_rows(features).cpu(), gather_rows(indices).cpu(), count)
+    return in_dataset_order(gather_rows(features).cpu(), gather_rows(indices).cpu())
 
 
-def in_dataset_order(rows: Tensor, places: Tensor, count: int) -> Tensor:
-    """(N, D) whose row places[i] is rows[i]; ValueError if a place is outside 0 .. count - 1, or missing.
-
-    rows    (n, D), n >= N
-    places  (n,) int64, each of 0 .. N - 1 at least once
-    """
-    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < count:
-        raise ValueError(f"places from {int(places.min())} to {int(places.max())} in a set of {count} images")
-    seen = torch.zeros(count, dtype=torch.bool)
-    seen[places] = True
-    if not seen.all():
-        raise ValueError(f"{int((~seen).sum())} of {count} images were computed by no rank, the first is {int((~seen).int().argmax())}")
-    ordered = rows.new_empty(count, rows.shape[1])
-    ordered[places] = rows
-    return ordered
+def in_dataset_order(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (n, D) sorted by their places (n,), each place once."""
+    sorted_places, order = places.sort(stable=True)
+    first = torch.ones_like(sorted_places, dtype=torch.bool)
+    first[1:] = sorted_places[1:] != sorted_places[:-1]
+    return rows[order[first]], sorted_places[first]
 
 
 @contextmanager

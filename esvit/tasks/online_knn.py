@@ -9,13 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from esvit.augmentations.evaluation import EvaluationCrop
-from esvit.backbones.base import Backbone
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import evaluation_batches
 from esvit.errors import OptionError
 from esvit.evaluation.baselines import color_histogram, raw_pixels
-from esvit.evaluation.features import extract_features, in_dataset_order
+from esvit.evaluation.features import extract_features
 from esvit.evaluation.knn import weighted_knn
+from esvit.networks import MultiCropNetwork
 from esvit.runtime import Runtime
 
 
@@ -65,17 +65,16 @@ class LabelledSplit:
         self.validation = Subset(validation, np.arange(len(validation)))
         self.transform = EvaluationCrop(resize=options.resize, crop=options.crop)
 
-    def of_backbone(self, backbone: Backbone, normalize: Callable[[Tensor], Tensor], runtime: Runtime) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy (percent) of the pooled features of `backbone`; all ranks share the work."""
+    def of_network(self, network: MultiCropNetwork, normalize: Callable[[Tensor], Tensor], runtime: Runtime) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy (percent) of the pooled features of `network`'s backbone; all ranks share the work."""
 
-        def features(images: Subset) -> Tensor:
+        def features(images: Subset) -> tuple[Tensor, Tensor]:
             with runtime.autocast():
                 return extract_features(
-                    backbone=backbone,
+                    backbone=network.backbone,
                     batches=self._batches(images, runtime.rank, runtime.world_size),
                     normalize=normalize,
                     device=runtime.device,
-                    count=len(images),
                 )
 
         return self._accuracy(features(self.train), features(self.validation))
@@ -83,9 +82,9 @@ class LabelledSplit:
     def of_trivial_features(self) -> dict[str, float]:
         """Top-1 accuracy (percent) of raw pixels and of colour histograms of the same crops."""
 
-        def features(images: Subset, describe: Callable[[Tensor], Tensor]) -> Tensor:
+        def features(images: Subset, describe: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             rows, places = zip(*((describe(crops), indices) for crops, indices in self._batches(images, 0, 1)), strict=True)
-            return in_dataset_order(torch.cat(rows), torch.cat(places), len(images))
+            return torch.cat(rows), torch.cat(places)
 
         described = {"knn/raw_pixels": raw_pixels, "knn/color_histogram": color_histogram}
         return {
@@ -95,15 +94,22 @@ class LabelledSplit:
 
     def _batches(self, images: "Subset", rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         return evaluation_batches(
-            images=images, transform=self.transform, batch_size=max(64, self.batch_size), workers=self.workers, rank=rank, world_size=world_size
+            images=images,
+            transform=self.transform,
+            batch_size=max(64, self.batch_size),
+            workers=self.workers,
+            rank=rank,
+            world_size=world_size,
         )
 
-    def _accuracy(self, train_features: Tensor, test_features: Tensor) -> tuple[float, float]:
+    def _accuracy(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Of (features, places) pairs; unreadable images are in neither."""
+        (train_features, train_places), (test_features, test_places) = train, validation
         result = weighted_knn(
             train_features=train_features,
-            train_labels=torch.from_numpy(self.train.labels),
+            train_labels=torch.from_numpy(self.train.labels)[train_places],
             test_features=test_features,
-            test_labels=torch.from_numpy(self.validation.labels),
+            test_labels=torch.from_numpy(self.validation.labels)[test_places],
             neighbours=self.options.neighbours,
             temperature=self.options.temperature,
             classes=len(self.train.class_names),

@@ -4,10 +4,11 @@ Unusual: every random draw is keyed (views by epoch and position, the rest by st
 bit for bit what it would have done; and the host waits for the device only where a log record is due.
 """
 
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions
 from esvit.optimizers import AdamW, LARS, SGD
+from esvit.records import Views
 from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
@@ -64,7 +66,7 @@ class Pretrain:
     head: HeadOptions
     loss: ViewLoss | ViewRegionLoss
     augmentation: MultiCrop
-    mixing: Mixing | None
+    mixing: Mixing
     normalize: Normalize
     data: Data
     optimizer: AdamW | SGD | LARS
@@ -145,7 +147,7 @@ class _Run:
             runtime=runtime,
             global_count=task.augmentation.global_count,
             accumulation=task.accumulation,
-            mixing=task.mixing,
+            mixing=task.mixing if task.mixing.is_on else None,
         )
         self.initial_state = None if task.checkpoint is None else load_checkpoint_file(Path(task.checkpoint))
         self.meter = Meter(runtime.device)
@@ -160,6 +162,7 @@ class _Run:
         )
         self.system = SystemMonitor(folder)
         start, record_is_due = self._resume()
+        self.stop = max(self.stop, start)
         self.progress = Progress(total=self.stop, start=start, is_main=self.runtime.is_main)
         self._announce(start)
         if record_is_due:  # the last attempt was stopped before it could evaluate
@@ -219,13 +222,14 @@ class _Run:
     def _record(self, done: int, result: StepResult | None) -> None:
         """Read the meter, look at health and k-NN where they are due, and log one record for `done` completed steps."""
         now = self.schedules.at(done - 1)
-        signs = self._health(result, now.temperature) if result is not None and self._is_health_due(done) else {}
         metrics = self.meter.read()
         self._stop_if_not_finite()
-        metrics |= {name: float(value) for name, value in signs.items()}
-        for alarm in self._alarms(signs and metrics, done):
-            self.progress.say(f"ALARM  {alarm}")
-            self.notes.append(alarm)
+        if result is not None and self._is_health_due(done):
+            signs = self._health(result, now.temperature)
+            metrics |= signs
+            for alarm in self._alarms(signs, done):
+                self.progress.say(f"ALARM  {alarm}")
+                self.notes.append(alarm)
         if self._is_knn_due(done):
             metrics |= self._knn() | self._baselines()
         metrics |= {
@@ -242,8 +246,8 @@ class _Run:
         self.progress.show(done, now.epoch, metrics)
         self.meter.restart_clock()
 
-    def _health(self, result: StepResult, temperature: float) -> dict[str, Tensor]:
-        return health_signs(
+    def _health(self, result: StepResult, temperature: float) -> dict[str, float]:
+        signs = health_signs(
             student_outputs=result.student_outputs,
             teacher_outputs=result.teacher_outputs,
             student_prototypes=result.student_prototypes,
@@ -251,11 +255,10 @@ class _Run:
             center=self.task.loss.center,
             student_temperature=self.task.loss.student_temperature,
             teacher_temperature=temperature,
-        ).as_metrics()
+        )
+        return {name: float(value) for name, value in signs.as_metrics().items()}
 
     def _alarms(self, signs: dict[str, float], done: int) -> list[str]:
-        if not signs:
-            return []
         return diagnose(
             signs,
             step=done,
@@ -266,7 +269,7 @@ class _Run:
 
     def _knn(self) -> dict[str, float]:
         assert self.labelled is not None
-        top1, top5 = self.labelled.of_backbone(self.distillation.teacher.network.backbone, self.task.normalize, self.runtime)
+        top1, top5 = self.labelled.of_network(self.distillation.teacher.network, self.task.normalize, self.runtime)
         return {"knn/teacher": top1, "knn/teacher_top5": top5}
 
     def _baselines(self) -> dict[str, float]:
@@ -279,7 +282,7 @@ class _Run:
 
     def _measure_baselines(self) -> None:
         assert self.labelled is not None
-        untrained, _ = self.labelled.of_backbone(self.distillation.teacher.network.backbone, self.task.normalize, self.runtime)
+        untrained, _ = self.labelled.of_network(self.distillation.teacher.network, self.task.normalize, self.runtime)
         if self.runtime.is_main:
             measured = self.labelled.of_trivial_features() | {"knn/untrained": untrained}
             write_atomically(self._baselines_file, json.dumps(measured))
@@ -369,6 +372,8 @@ class _Run:
                 with torch.no_grad():
                     backbone.eval()(torch.zeros(1, 3, size, size))
             except RuntimeError as error:
+                if "channels" in str(error):
+                    raise OptionError("backbone.in_channels", str(error).splitlines()[0], "images are read in 3 channels, use 3") from None
                 raise OptionError(
                     "augmentation.global_crops_size" if size == self.task.augmentation.crop_sizes[0] else "augmentation.local_crops_size",
                     f"the backbone cannot take crops of {size} pixels ({str(error).splitlines()[0]})",

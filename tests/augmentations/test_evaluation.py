@@ -33,7 +33,7 @@ def test_normalisation_leaves_its_input_and_gives_float32():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(OptionError, match=r"^augmentation\.evaluation\.crop: "):
+    with pytest.raises(OptionError, match=r"^task\.online_knn\.crop: "):
         EvaluationCrop(resize=32, crop=40)
-    with pytest.raises(OptionError, match=r"^augmentation\.std: "):
+    with pytest.raises(OptionError, match=r"^task\.normalize\.std: "):
         Normalize(mean=MEAN, std=[0.2, 0.0, 0.2])

@@ -9,7 +9,9 @@ import torch
 from esvit.augmentations.mixing import Mixing
 from esvit.errors import OptionError
 
-OPTIONS: dict[str, Any] = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5, "mode": "batch", "crops": 10}
+OPTIONS: dict[str, Any] = {
+    "mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5, "mode": "batch", "crops": 10,
+}  # fmt: skip
 MODES = ["batch", "pair", "elem"]
 
 
@@ -96,8 +98,9 @@ def test_probabilities_of_mixing_and_of_cutmix_are_kept():
     crop = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 16, 16) + 1
     kinds = []
     for _ in range(draws // 2):
-        mixed, _ = mixing([crop], rng)
-        kinds += ["none" if image.equal(own) else "cutmix" if image.unique().numel() == 2 else "other" for image, own in zip(mixed[0], crop, strict=True)]
+        (mixed,), _ = mixing([crop], rng)
+        for image, own in zip(mixed, crop, strict=True):
+            kinds.append("none" if image.equal(own) else "cutmix" if image.unique().numel() == 2 else "other")
     cut = kinds.count("cutmix") / draws  # whole-image and empty boxes are not seen as such: a few per cent of CutMix's draws
     other = kinds.count("other") / draws
     assert 0.6 * 0.3 * 0.85 - 0.04 < cut < 0.6 * 0.3 + 0.04
@@ -117,10 +120,11 @@ def test_an_odd_batch_in_pairs_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("mixup_alpha", -1), ("cutmix_alpha", -0.1), ("probability", 1.2), ("switch_probability", -1), ("mode", "row"), ("crops", -1)]
+    ("option", "value"),
+    [("mixup_alpha", -1), ("cutmix_alpha", -0.1), ("probability", 1.2), ("switch_probability", -1), ("mode", "row"), ("crops", -1)],
 )
 def test_an_impossible_value_is_one_line_that_names_the_option(option, value):
-    with pytest.raises(OptionError, match=rf"^augmentation\.mixing\.{option}: [^\n]+; [^\n]+$"):
+    with pytest.raises(OptionError, match=rf"^task\.mixing\.{option}: [^\n]+; [^\n]+$"):
         Mixing(**{**OPTIONS, option: value})
 
 

@@ -39,9 +39,8 @@ def zip_images(folder):
 def test_views_are_bit_identical_to_those_of_the_same_images_in_folders(tmp_path, compression):
     files = write_classes(tmp_path / "folders", {"a": 3, "b": 4})
     names = [str(file.relative_to(tmp_path / "folders")) for file in files]
-    write_zip(
-        tmp_path / "zips", "train", {name: (file.read_bytes(), "ab".index(name[0])) for name, file in zip(names, files, strict=True)}, compression
-    )
+    members = {name: (file.read_bytes(), "ab".index(name[0])) for name, file in zip(names, files, strict=True)}
+    write_zip(tmp_path / "zips", "train", members, compression)
     sets = [FolderData(root=str(tmp_path / "folders"), **OPTIONS).train(), zip_images(tmp_path / "zips")]
     assert np.array_equal(sets[0].labels, sets[1].labels)
     ours, theirs = (
