@@ -1,11 +1,13 @@
 # Each target stands alone on a fresh machine with Python 3.11 and make: the first one makes .venv from the lock file.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# More options for the demo, e.g. make demo OVERRIDES="max_steps=60 seed=1"
+OVERRIDES ?=
 
 .PHONY: demo test lint lock
 
 demo: .venv/ready
-	$(BIN)/python run.py experiment=demo
+	$(BIN)/python run.py experiment=demo $(OVERRIDES)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -36,8 +36,9 @@ def launch(config: Any) -> None:
         options = resolve(config)
         if "RANK" in os.environ:  # plain torchrun: every rank has composed for itself, see `run_rank`
             return execute(options)
-        if admit(options):
-            build(options["launcher"]).launch(Job(function="run:execute", config=options, folder=options["output_dir"], root=str(ROOT)))
+        admitted = admit(options)
+        if admitted is not None:
+            build(options["launcher"]).launch(Job(function="run:execute", config=admitted, folder=options["output_dir"], root=str(ROOT)))
     return None
 
 

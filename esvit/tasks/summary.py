@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from esvit.evaluation.report import write_report
+from esvit.tracking.environment import source_state
 
 _KNN_ROWS = {
     "knn/raw_pixels": "k-NN of raw pixels",
@@ -28,10 +29,13 @@ def final_metrics(records: list[dict], *, step: int, images_per_step: int) -> di
 def write_run_report(folder: Path, *, records: list[dict], metrics: dict[str, float], config: dict, crops: Path, notes: list[str]) -> Path:
     """`report.html` in `folder`."""
     path = folder / "report.html"
+    source = source_state(Path(__file__))
     write_report(
         path,
-        title=folder.name,
+        title=config["name"],
         facts={
+            "run folder": folder.name,
+            "commit": f"{source.commit[:10]}{' and changes' if source.dirty else ''}" if source else "not a git checkout",
             "finished": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
             "host": f"{platform.node()}, {platform.machine()}",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",

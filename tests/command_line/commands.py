@@ -77,12 +77,18 @@ class ForkServer:
         )
         assert json.loads(self._pipe(self._server.stdout).readline()) == "ready"
 
-    def start(self, *arguments: str, folder: Path | None = None) -> Running:
+    def start(self, *arguments: str, folder: Path | None = None, extra_environment: dict[str, str] | None = None) -> Running:
         """`python run.py ARGUMENTS` in `folder` (an empty one of its own by default)."""
         self._count += 1
         own = self.scratch / f"command_{self._count}"
         own.mkdir(parents=True)
-        command = {"arguments": arguments, "folder": str(folder or own), "out": str(own / "out"), "err": str(own / "err"), "environment": environment()}
+        command = {
+            "arguments": arguments,
+            "folder": str(folder or own),
+            "out": str(own / "out"),
+            "err": str(own / "err"),
+            "environment": environment() | (extra_environment or {}),
+        }
         pid = self._ask({"start": command})
         code: list[int] = []
 

@@ -1,20 +1,21 @@
 """A run that was stopped, however it was stopped, ends exactly as one that was not: weights, centre, moments and log, bit for bit."""
 
+import shutil
 import signal
 
 import pytest
 
 from tests.command_line.commands import assert_same_training, checkpoint, log, losses, succeeded
 
-# Everything that draws random numbers or keeps a state of its own; 24 steps, so that a run can be stopped in the middle.
-KEYED = ("task.mixing.probability=1", "backbone.drop_path_rate=0.2", "head.batch_norm=true", "epochs=6", "checkpoint_every=5", "data.workers=1")
+# Everything that draws random numbers or keeps a state of its own; 16 steps, so that a run can be stopped in the middle.
+KEYED = ("task.mixing.probability=1", "backbone.drop_path_rate=0.2", "head.batch_norm=true", "epochs=4", "checkpoint_every=5", "data.workers=1")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(commands, tiny, tmp_path_factory):
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     succeeded(commands.run(*tiny, *KEYED, f"output_dir={run}"))
-    assert [record["step"] for record in log(run)] == list(range(1, 25))
+    assert [record["step"] for record in log(run)] == list(range(1, 17))
     return run
 
 
@@ -29,7 +30,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(moment, commands, tiny, uninter
     command = (*tiny, *KEYED, f"output_dir={run}")
     conditions = {"with the first checkpoint": (run / "checkpoint_5.pt").exists, "between two checkpoints": lambda: last_step(run) >= 8}
     assert commands.start(*command).kill_when(conditions[moment]).code == -signal.SIGKILL
-    assert last_step(run) < 24 and not (run / "metrics.json").exists()
+    assert last_step(run) < 16 and not (run / "metrics.json").exists()
     succeeded(commands.run(*command))
     assert_same_training(run, uninterrupted)
 
@@ -45,28 +46,27 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(commands, tiny, u
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_saves_the_very_step_and_the_run_goes_on_from_it(number, commands, tiny, uninterrupted, tmp_path):
-    """Logging every fourth step only: the sums between two records are part of the state."""
     run = tmp_path / "run"
     command = (*tiny, *KEYED, "checkpoint_every=1000", f"output_dir={run}")
     stopped = commands.start(*command).kill_when(lambda: last_step(run) >= 3, number)
     step = checkpoint(run)["step"]
     assert stopped.code == 128 + number
     assert stopped.err == f"stopped by {number.name} after step {step}, checkpoint written; the same command resumes\n"
-    assert 3 <= step < 24 and (run / f"checkpoint_{step}.pt").exists()
+    assert 3 <= step < 16 and (run / f"checkpoint_{step}.pt").exists()
     assert not (run / "metrics.json").exists()
     succeeded(commands.run(*command))
     assert_same_training(run, uninterrupted)
 
 
 def test_the_means_of_a_record_survive_a_stop(commands, tiny, tmp_path):
-    """A record every eighth step; the stop comes somewhere in between."""
-    command = (*tiny, "epochs=6", "task.log_every=8", "checkpoint_every=1000", "loss=view")
+    """A record every fourth step; the stop comes somewhere in between."""
+    command = (*tiny, "epochs=3", "task.log_every=4", "checkpoint_every=1000", "loss=view")
     one, other = tmp_path / "one", tmp_path / "other"
     succeeded(commands.run(*command, f"output_dir={one}"))
     running = commands.start(*command, f"output_dir={other}")
-    running.kill_when(lambda: last_step(other) >= 8, signal.SIGTERM)
+    running.kill_when(lambda: last_step(other) >= 4, signal.SIGTERM)
     succeeded(commands.run(*command, f"output_dir={other}"))
-    assert [record["step"] for record in log(other)] == [8, 16, 24]
+    assert [record["step"] for record in log(other)] == [4, 8, 12]
     assert_same_training(other, one)
 
 
@@ -93,8 +93,6 @@ def test_another_number_of_threads_is_warned_about(commands, tiny, tmp_path):
 
 def test_other_images_are_refused(commands, tiny, images, tmp_path):
     """Same options, but the folder has more images than before."""
-    import shutil
-
     root = shutil.copytree(images / "train", tmp_path / "train")
     command = (*tiny, f"data.root={root}", f"output_dir={tmp_path / 'run'}")
     succeeded(commands.run(*command, "max_steps=1"))
