@@ -152,6 +152,7 @@ class _Run:
         self.initial_state = None if task.checkpoint is None else load_checkpoint_file(Path(task.checkpoint))
         self.meter = Meter(runtime.device)
         self.notes: list[str] = []
+        self.unreadable: list[str] = []  # names of images met here since the last record
 
     def run(self, tracker: Tracker) -> None:
         folder = self.runtime.folder
@@ -203,7 +204,7 @@ class _Run:
             since = time.perf_counter()
             views = next(batches)
             self.meter.waited(time.perf_counter() - since)
-            self.bad_images.add(views.bad_images)
+            self.unreadable += views.bad_images
             yield [self.task.normalize(crop) for crop in views.to(self.runtime.device).crops]
 
     # ------------------------------------------------------------------ records
@@ -224,6 +225,7 @@ class _Run:
         now = self.schedules.at(done - 1)
         metrics = self.meter.read()
         self._stop_if_not_finite()
+        self._count_bad_images()
         if result is not None and self._is_health_due(done):
             signs = self._health(result, now.temperature)
             metrics |= signs
@@ -238,13 +240,18 @@ class _Run:
             "schedule/momentum": now.momentum,
             "schedule/temperature": now.temperature,
             "memory/peak_gb": self.runtime.peak_memory_gb(),
-            "data/bad_images": sum(distributed.gather_objects(self.bad_images.count)),
+            "data/bad_images": self.bad_images.count,
         }
         if self.runtime.is_main:
             metrics |= self.system.metrics()
         self.tracker.log(done, now.epoch, metrics)
         self.progress.show(done, now.epoch, metrics)
         self.meter.restart_clock()
+
+    def _count_bad_images(self) -> None:
+        """Every rank counts what all ranks met, so that all stop together when it is too much."""
+        self.bad_images.add(itertools.chain.from_iterable(distributed.gather_objects(self.unreadable)))
+        self.unreadable = []
 
     def _health(self, result: StepResult, temperature: float) -> dict[str, float]:
         signs = health_signs(

@@ -93,6 +93,13 @@ def test_another_epoch_and_another_seed_draw_other_views(images):
     assert not one.indices.equal(other.indices)
 
 
+def test_random_numbers_belong_to_the_position_whatever_image_is_there(images, tmp_path):
+    fewer = FolderImages(str(tmp_path / "images" / "a"), option="data.root", class_names=None)
+    (ours,), (theirs,) = take(loader(images), 1), take(loader(fewer), 1)
+    assert not ours.indices.equal(theirs.indices)
+    assert ours.crops[2].equal(theirs.crops[2])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches(images, workers):
     for ours, theirs in zip(take(loader(images, workers=workers), 5), take(loader(images), 5), strict=True):
