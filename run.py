@@ -63,7 +63,8 @@ def execute(options: dict[str, Any]) -> None:
     except OptionError as error:
         sys.exit(f"error: {error}")
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(interruption, file=sys.stderr)
         sys.exit(interruption.exit_code)
 
 

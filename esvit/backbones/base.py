@@ -122,6 +122,9 @@ class Backbone(nn.Module, ABC):
             if isinstance(module, DropPath):
                 module.rate = 0.0
 
+    def set_progress(self, share: float) -> None:  # noqa: B027
+        """Tell the network which share of training, from 0 to below 1, is done before this step; most do not care."""
+
     def _look(self, images: Tensor) -> list[tuple[AttentionWindows, tuple[int, int]]]:
         stage_blocks = self.attention_blocks()
         if not stage_blocks:

@@ -129,6 +129,11 @@ class Distillation:
             teacher_prototypes=teacher_prototypes,
         )
 
+    def set_progress(self, share: float) -> None:
+        """Tell both backbones which share of training, from 0 to below 1, is done before the next step."""
+        for network in (self.network, self.teacher.network):
+            network.backbone.set_progress(share)
+
     def state_dict(self) -> dict:
         """Plain containers and tensors; `student` and `teacher` are state dicts of `MultiCropNetwork`."""
         return {

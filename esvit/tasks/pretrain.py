@@ -183,6 +183,7 @@ class _Run:
         for step in range(start, self.stop):
             now = self.schedules.at(step)
             rng = self.runtime.seed_step(step)
+            self.distillation.set_progress(step / self.schedules.total_steps)
             micro_batches = itertools.islice(batches, self.task.accumulation)
             result = self.distillation.step(micro_batches, now, sound=self.meter.finite, rng=rng)
             self.meter.add(result, step=step, images=self.loader.images_per_step)

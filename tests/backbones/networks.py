@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from esvit.backbones.base import Backbone, Stage
+from esvit.backbones.cvt import Cvt
+from esvit.backbones.resnet import ResNet
 from esvit.backbones.swin import Swin, SwinBlock
+from esvit.backbones.vil import Vil
+from esvit.backbones.timm import Timm
+from esvit.backbones.vit import ViT
 
 MICRO: dict[str, Any] = {
     "in_channels": 3,
@@ -34,6 +39,96 @@ def swin(**changes) -> Swin:
 
 def blocks_of(network: Swin) -> list[SwinBlock]:
     return [module for module in network.modules() if isinstance(module, SwinBlock)]
+
+
+MICRO_CVT: dict[str, Any] = {
+    "in_channels": 3,
+    "dims": [16, 24, 32, 48],
+    "depths": [1, 1, 1, 1],
+    "heads": [1, 2, 2, 4],
+    "window_sizes": [7, 7, 7, 7],
+    "mlp_ratio": 4.0,
+    "drop_path_rate": 0.0,
+    "residual_stem": False,
+    "relative_position": False,
+    "shift": "none",
+}
+
+
+def micro_cvt(**changes) -> Cvt:
+    """The micro CvT of the golden train cases, with other options where given; weights and biases large enough to matter."""
+    torch.manual_seed(0)
+    network = Cvt(**(MICRO_CVT | changes))
+    for name, parameter in network.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() == 4:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return network
+
+
+MICRO_VIT: dict[str, Any] = {
+    "in_channels": 3,
+    "image_size": 64,
+    "patch_size": 16,
+    "dim": 24,
+    "depth": 3,
+    "heads": 2,
+    "mlp_ratio": 4.0,
+    "drop_path_rate": 0.0,
+}
+
+
+def micro_vit(**changes) -> ViT:
+    """Three blocks of width 24 for images of 64 pixels, with other options where given; weights large enough to matter."""
+    torch.manual_seed(0)
+    network = ViT(**(MICRO_VIT | changes))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else 0.2)
+    return network
+
+
+def micro_resnet(**changes) -> ResNet:
+    """One block in each stage, with other options where given."""
+    torch.manual_seed(0)
+    return ResNet(**({"in_channels": 3, "depths": [1, 1, 1, 1]} | changes))
+
+
+def timm_network(name: str, **changes) -> Timm:
+    """A small network of timm with random weights, with other options where given."""
+    torch.manual_seed(0)
+    return Timm(**({"name": name, "pretrained": False, "in_channels": 3, "image_size": None, "drop_path_rate": 0.0} | changes))
+
+
+MICRO_VIL: dict[str, Any] = {
+    "in_channels": 3,
+    "image_size": 224,
+    "patch_sizes": [4, 2, 2, 2],
+    "dims": [16, 24, 32, 48],
+    "depths": [1, 1, 1, 1],
+    "heads": [2, 2, 4, 4],
+    "window_sizes": [7, 7, 7, 7],
+    "sliding": [True, True, False, False],
+    "global_tokens": [1, 1, 1, 0],
+    "absolute_positions": [False, False, False, False],
+    "neighbours": "all",
+    "all_neighbours_from": 1.0,
+    "reach": "chunks",
+    "mlp_ratio": 4.0,
+    "drop_path_rate": 0.0,
+}
+
+
+def micro_vil(**changes) -> Vil:
+    """The micro ViL of the golden train cases, with other options where given; weights, biases and positions large enough to matter."""
+    torch.manual_seed(0)
+    network = Vil(**(MICRO_VIL | changes))
+    for name, parameter in network.named_parameters():
+        if parameter.numel() and ("bias" in name or name.endswith(("cls_token", "pos_embed"))):
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return network
 
 
 class Convolutions(Backbone):
