@@ -47,6 +47,7 @@ from esvit.tasks.distillation import Distillation  # noqa: E402
 from run import build  # noqa: E402
 
 PHASES = ["data", "teacher", "student", "loss", "backward", "optimizer", "EMA", "centre"]
+SUMS = ["other", "step", "cpu"]  # time outside the phases, the whole step, its processor time
 GLOBAL_CROPS = 2
 PHOTO_SIZE = (500, 375)  # pixels, a usual ImageNet photo
 PHOTOS = 64
@@ -123,15 +124,15 @@ class PhaseTimer:
     @contextlib.contextmanager
     def whole_step(self) -> Iterator[None]:
         self._now = {}
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         yield
         wait_for(self._device)
-        seconds = time.perf_counter() - began
-        self.steps.append(self._now | {"other": seconds - sum(self._now.values()), "step": seconds})
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+        self.steps.append(self._now | {"other": seconds - sum(self._now.values()), "step": seconds, "cpu": cpu_seconds})
 
     def medians(self, skip: int) -> dict[str, float]:
-        """Per phase, over all but the first `skip` steps."""
-        return {name: statistics.median(step[name] for step in self.steps[skip:]) for name in (*PHASES, "other", "step")}
+        """Per phase, over all but the first `skip` steps; `cpu` is processor time of all threads, which other users' load changes least."""
+        return {name: statistics.median(step[name] for step in self.steps[skip:]) for name in (*PHASES, *SUMS)}
 
 
 @dataclass
@@ -479,7 +480,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         row("", list(columns)),
         row("images/s", [f"{column['images_per_second']:.3f}" for column in columns.values()]),
-        *(row(f"{name} (s)", [f"{column['seconds'][name]:.4f}" for column in columns.values()]) for name in (*PHASES, "other", "step")),
+        *(row(f"{name} (s)", [f"{column['seconds'][name]:.4f}" for column in columns.values()]) for name in (*PHASES, *SUMS)),
         row("peak memory (MB)", [f"{column['peak_memory_bytes'] / 1e6:.0f}" for column in columns.values()]),
     ]
     if "plain" in report:

@@ -29,8 +29,9 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     options = _plain(config, resolve=True)
     references = _plain(config, resolve=False)
     options["output_dir"] = _folder(options["output_dir"], is_fresh="${now" in references["output_dir"])
+    has_run_folder = options["task"].pop("has_run_folder")
     options["chosen"] = _drop_references(references, options, top=True)
-    options["has_run_folder"] = options["task"].pop("has_run_folder")
+    options["has_run_folder"] = has_run_folder
     return options
 
 

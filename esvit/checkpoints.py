@@ -1,13 +1,16 @@
 """Checkpoints that survive a kill at any moment, load without running code, and fit the network or say why not.
 
 A checkpoint is written under a temporary name, synced to the disk and only then renamed, so a final name never holds half a file.
-Only tensors and plain containers are written and `weights_only=True` is all that ever loads them.
+Only tensors and plain containers are written and `weights_only=True` is all that ever loads them. Files of the original hold an
+argparse.Namespace and numpy numbers besides: these, and nothing else, are let through, the numbers by stand-ins of ours.
 """
 
+import argparse
 import contextlib
 import os
 import re
 import shutil
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -16,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from esvit.errors import OptionError
 
 LATEST = "checkpoint.pt"
+SAME_NETWORK = "use the backbone, head and loss that the checkpoint was made with"
 PLAIN_TYPES = (Tensor, nn.Parameter, str, int, float, bool, bytes, type(None))
 
 
@@ -59,7 +64,7 @@ class CheckpointFolder:
         os.replace(written, kept)
         os.replace(second_name, self.folder / LATEST)
         self._sync_folder()
-        kept_files = self._kept()
+        kept_files = _kept(self.folder)
         older = [path for path_step, path in kept_files if path_step <= step]
         later = [path for path_step, path in kept_files if path_step > step]
         for path in later + older[self.keep :]:
@@ -70,9 +75,8 @@ class CheckpointFolder:
 
         Warns in one line about damaged ones. Raises OptionError if all are damaged.
         """
-        candidates = [path for path in (self.folder / LATEST, *(path for _, path in self._kept())) if path.exists()]
         damaged = []
-        for path in candidates:
+        for path in _candidates(self.folder):
             try:
                 state = _read(path)
             except MemoryError:
@@ -88,15 +92,6 @@ class CheckpointFolder:
         found = f"no checkpoint in it can be read: {', '.join(damaged)}"
         raise OptionError("output_dir", found, "remove these files to start afresh, or name another folder")
 
-    def _kept(self) -> list[tuple[int, Path]]:
-        """(step, path) of the kept checkpoints, newest first."""
-        found = []
-        for path in self.folder.glob("checkpoint_*.pt"):
-            match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
-            if match:
-                found.append((int(match.group(1)), path))
-        return sorted(found, reverse=True)
-
     def _sync_folder(self) -> None:
         """Make the new names themselves survive a power failure."""
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -107,24 +102,37 @@ class CheckpointFolder:
             os.close(descriptor)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` would resume from it."""
+    return bool(_candidates(folder))
+
+
 def load_checkpoint_file(path: Path) -> dict[str, Any]:
-    """The checkpoint in a file that the user named, on the CPU. Raises OptionError if it is missing or cannot be read."""
+    """What is in a file that the user named, of this program or another (`.safetensors` too), on the CPU; nothing in it is run.
+
+    Raises OptionError if it is missing, cannot be read, or holds anything but tensors, plain containers, numpy numbers and an
+    argparse.Namespace.
+    """
     path = Path(path)
     if not path.is_file():
         raise OptionError("checkpoint", f"there is no file '{path}'", "give a checkpoint file, outputs/.../checkpoint.pt for example")
     try:
-        return _read(path)
+        return _read_foreign(path)
     except MemoryError:
         raise
     except Exception as error:
+        stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if stranger is not None:
+            found = f"'{path}' asks for {stranger.group(1)}, which could run any code, so it was not loaded"
+            raise OptionError("checkpoint", found, "give a file of tensors and plain containers, a state dict for example") from error
         found = f"'{path}' cannot be read as tensors and plain containers ({_one_line(error)})"
-        raise OptionError("checkpoint", found, "give a checkpoint that this program wrote") from error
+        raise OptionError("checkpoint", found, "give a checkpoint that this program wrote, or a published one") from error
 
 
-def strict_load(module: nn.Module, state: dict[str, Any], *, option: str, what: str) -> None:
+def strict_load(module: nn.Module, state: dict[str, Any], *, option: str, what: str, remedy: str = SAME_NETWORK) -> None:
     """Load `state` into `module` if it has all of its entries in the same shapes and no others.
 
-    Otherwise nothing is loaded and OptionError names `option`, `what` ("student", say) and a few of the entries that differ.
+    Otherwise nothing is loaded and OptionError names `option`, `what` ("student", say), a few of the entries that differ, and `remedy`.
     """
     here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     there = {name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()}
@@ -135,8 +143,23 @@ def strict_load(module: nn.Module, state: dict[str, Any], *, option: str, what: 
     ]
     if any(differences):
         found = f"the weights of the {what} do not fit: {', '.join(text for text in differences if text)}"
-        raise OptionError(option, found, "use the backbone, head and loss that the checkpoint was made with")
+        raise OptionError(option, found, remedy)
     module.load_state_dict(state)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints of the run in `folder`, the one to resume from first."""
+    return [path for path in (folder / LATEST, *(path for _, path in _kept(folder))) if path.exists()]
+
+
+def _kept(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the kept checkpoints, newest first."""
+    found = []
+    for path in folder.glob("checkpoint_*.pt"):
+        match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match.group(1)), path))
+    return sorted(found, reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -144,10 +167,45 @@ def _read(path: Path) -> dict[str, Any]:
         wrong = archive.testzip()
     if wrong is not None:
         raise ValueError(f"wrong check sum of {wrong}")
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    return _as_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def _read_foreign(path: Path) -> dict[str, Any]:
+    """As `_read`, and also what the original's checkpoints hold, files of older versions of torch (not zip), and safetensors."""
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    with torch.serialization.safe_globals(_OF_THE_ORIGINAL):
+        return _read(path) if zipfile.is_zipfile(path) else _as_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not a dict")
     return state
+
+
+class _NumberType:
+    """Stands for numpy.dtype in a file: the original's optimizer keeps learning rates as numpy numbers. Numpy itself runs nothing."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = str(state[1]) + self.code.lstrip("<>=|")
+
+
+def _number(kind: _NumberType, data: bytes) -> float | int:
+    """Stands for numpy's scalar constructor."""
+    letter = {"f8": "d", "f4": "f", "i8": "q", "i4": "i"}[kind.code[-2:]]
+    return struct.unpack(("<" if kind.code[0] != ">" else ">") + letter, data)[0]
+
+
+_OF_THE_ORIGINAL: list[Any] = [
+    argparse.Namespace,  # its options
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+]
 
 
 def _require_plain(value: Any, place: str) -> None:

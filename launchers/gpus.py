@@ -45,7 +45,10 @@ class Gpus:
                     signal.signal(number, handler)
             if code:
                 _tell_failures(Path(scratch), Path(job.folder))
-                sys.exit(code)
+            if code < 0:  # the signal that ended a rank
+                print(f"error: a process was killed by {signal.Signals(-code).name}; was there enough memory?", file=sys.stderr)
+            if code:
+                sys.exit(128 - code if code < 0 else code)
 
 
 def _start_rank(scratch: Path, root: str, rank: int, count: int, port: int) -> subprocess.Popen:
@@ -66,16 +69,14 @@ def _wait(ranks: list[subprocess.Popen], grace_seconds: float) -> int:
     """Exit code of the first rank that ends with one, or 0; the others get some time to end by themselves."""
     code = 0
     deadline = float("inf")
-    while any(rank.poll() is None for rank in ranks):
-        codes = [rank.returncode for rank in ranks if rank.returncode]
-        if codes and not code:
-            code = codes[0]
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if not code and any(codes):
+            code = next(each for each in codes if each)
             deadline = time.monotonic() + (grace_seconds if code > 128 else _SECONDS_AFTER_FAILURE)
         if time.monotonic() > deadline:
             _send(ranks, signal.SIGKILL)
         time.sleep(0.05)
-    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return 128 - code if code < 0 else code  # a rank that was killed by signal n has code -n
+    return code or next((each for each in codes if each), 0)
 
 
 def _tell_failures(scratch: Path, folder: Path) -> None:

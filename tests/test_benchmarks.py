@@ -27,7 +27,7 @@ from esvit.runtime import Runtime
 from esvit.tasks.distillation import Distillation
 
 ROOT = Path(__file__).parents[1]
-PHASES = {"data", "teacher", "student", "loss", "backward", "optimizer", "EMA", "centre", "other", "step"}
+PHASES = {"data", "teacher", "student", "loss", "backward", "optimizer", "EMA", "centre", "other", "step", "cpu"}
 RATIOS = ["speed_ratio", "memory_ratio", "loss_time_ratio", "loss_memory_ratio", "region_over_view"]
 PROTOTYPES = 41
 ADAMW = AdamW(learning_rate=1e-3, betas=[0.9, 0.999], eps=1e-8, clip="parameter", clip_norm=3.0)
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     file = tmp_path_factory.mktemp("benchmark") / "step.json"
     options = ["--backbone", "swin_micro", "--batch-size", "2", "--prototypes", "64", "--local-crops", "1", "--threads", "1"]
     command = [sys.executable, "benchmarks/pretrain_step.py", *options, "--steps", "1", "--compare", "plain", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(file.read_text())
 
@@ -60,7 +60,9 @@ def test_the_json_holds_time_and_memory_of_both_steps(run: tuple[str, dict[str, 
     _, report = run
     for measured in (report, report["plain"]):
         assert measured["seconds"].keys() == PHASES
-        assert 0 < sum(seconds for phase, seconds in measured["seconds"].items() if phase != "step") <= measured["seconds"]["step"] * 1.001
+        parts = sum(seconds for phase, seconds in measured["seconds"].items() if phase not in ("step", "cpu"))
+        assert parts == pytest.approx(measured["seconds"]["step"])  # of a single step, so medians add up
+        assert measured["seconds"]["cpu"] > 0
         assert measured["images_per_second"] == pytest.approx(2 / measured["seconds"]["step"])
         assert measured["peak_memory_bytes"] > 1e6
     assert report["options"] | {"backbone": "swin_micro", "loss": "view_region", "batch_size": 2, "prototypes": 64} == report["options"]

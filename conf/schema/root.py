@@ -20,6 +20,12 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class FreshHeads(Enum):
+    none = "none"
+    region = "region"
+    all = "all"
+
+
 @dataclass
 class Root:
     """Top level. Groups first; each is chosen by name, e.g. `backbone=swin_small`."""
@@ -43,4 +49,7 @@ class Root:
     epochs: int = 100  # passes over the images
     max_steps: int | None = None  # stop early after this many optimizer steps in all; the schedules keep their length
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
-    checkpoint: str | None = None  # a checkpoint file to start from; the run's own checkpoint comes first
+    checkpoint: str | None = None  # a checkpoint file to start from, ours or a published one; the run's own checkpoint comes first
+    start_epoch: int = 0  # with `checkpoint`: the epoch (from 0) at which schedules and data order begin
+    fresh_heads: FreshHeads = FreshHeads.none  # what of `checkpoint` is not used and begins anew: none, region (head, prototypes, centre) or all heads
+    resize_positions: bool = False  # resize tables of positions (bicubic) from `checkpoint` made with other windows or another image size

@@ -1,6 +1,7 @@
 """Options of the tasks: what a run does."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from conf.schema.inputs import Mixing, Normalize
@@ -40,6 +41,9 @@ class Pretrain:
     max_steps: int | None = "${max_steps}"  # type: ignore[assignment]
     checkpoint_every: int = "${checkpoint_every}"  # type: ignore[assignment]
     checkpoint: str | None = "${checkpoint}"
+    start_epoch: int = "${start_epoch}"  # type: ignore[assignment]
+    fresh_heads: Any = "${fresh_heads}"
+    resize_positions: bool = "${resize_positions}"  # type: ignore[assignment]
 
 
 @dataclass
@@ -50,7 +54,49 @@ class Sync:
     uri: str | None = None  # send to this tracking store instead of the one that the run was made with
 
 
+class ExportFormat(Enum):
+    backbone = "backbone"
+    safetensors = "safetensors"
+    onnx = "onnx"
+    torch_export = "torch_export"
+    timm = "timm"
+    hf = "hf"
+    mmdet = "mmdet"
+    detectron2 = "detectron2"
+
+
+class Network(Enum):
+    teacher = "teacher"
+    student = "student"
+
+
+@dataclass
+class Export:
+    _target_: str = "esvit.tasks.export.Export"
+    has_run_folder: bool = False
+    format: ExportFormat = ExportFormat.backbone  # backbone, safetensors, onnx, torch_export, timm, hf (Hugging Face), mmdet, detectron2
+    network: Network = Network.teacher  # teacher or student: whose backbone
+    image_size: int = 224  # side of the images that it will see (pixels); timm and hf need the backbone's own, backbone.image_size
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the normalisation that it was trained with, for the card
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    backbone: Any = "${backbone}"
+    checkpoint: str | None = "${checkpoint}"
+    folder: str = "${output_dir}"
+    name: str = "${name}"
+
+
+@dataclass
+class Zoo:
+    _target_: str = "esvit.tasks.zoo.Zoo"
+    has_run_folder: bool = False
+    model: str | None = None  # name of the published model whose checkpoint is fetched; null prints the table of all
+    token: str | None = None  # the storage's access token, a query string; null means that of the environment variable ESVIT_ZOO_TOKEN
+    server: str | None = None  # address of a copy of the storage; null means the published one
+
+
 SCHEMAS = {
     ("task", "pretrain"): Pretrain,
     ("task", "sync"): Sync,
+    ("task", "export"): Export,
+    ("task", "zoo"): Zoo,
 }

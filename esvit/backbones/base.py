@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esvit.backbones.layers import DropPath
+from esvit.backbones.layers import DropPath, resized_bias_table
 from esvit.errors import OptionError
 from esvit.records import Features
 
@@ -124,6 +124,21 @@ class Backbone(nn.Module, ABC):
 
     def set_progress(self, share: float) -> None:  # noqa: B027
         """Tell the network which share of training, from 0 to below 1, is done before this step; most do not care."""
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of this architecture under the names that other programs give them -> the same under this network's names.
+
+        Entries that have this network's names stay as they are, and unknown ones keep theirs: strict loading refuses those. An
+        integer index or a classifier need not be removed here, esvit.published sees to it.
+        """
+        return state
+
+    def resize_positions(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """A table of positions from a network with another window or nominal image size, in the `shape` that entry `name` has here.
+
+        None if the entry is no such table, or cannot be resized. Here: biases by relative position, entries "...bias_table".
+        """
+        return resized_bias_table(table, shape) if name.endswith("bias_table") else None
 
     def _look(self, images: Tensor) -> list[tuple[AttentionWindows, tuple[int, int]]]:
         stage_blocks = self.attention_blocks()

@@ -3,6 +3,8 @@
 Letters: B images, N tokens, d width, w side of a window, T = w * w slots of a window.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,6 +75,19 @@ def _offset_matrix(offsets: Tensor, size: int) -> Tensor:
     copies = offsets.unsqueeze(-2).expand(*leading, size, 2 * size - 1).reshape(*leading, size * (2 * size - 1))
     sums = F.pad(copies, (0, size)).view(*leading, size, 2 * size)[..., :size]
     return sums.flip(-1)
+
+
+def resized_bias_table(table: Tensor, shape: torch.Size) -> Tensor | None:
+    """((2w - 1)^2, heads) for another window -> `shape`, bicubic on the square of offsets, as the official Swin's fine-tuning does.
+
+    None where one of the two is no square of offsets, or the heads differ.
+    """
+    spans = [math.isqrt(rows) for rows in (table.shape[0], shape[0])]
+    is_square = all(span % 2 and span**2 == rows for span, rows in zip(spans, (table.shape[0], shape[0]), strict=True))
+    if not is_square or table.dim() != 2 or table.shape[1:] != shape[1:]:
+        return None
+    offsets = table.t().reshape(1, -1, spans[0], spans[0])
+    return F.interpolate(offsets, size=(spans[1], spans[1]), mode="bicubic")[0].flatten(1).t().contiguous()
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -10,6 +10,8 @@ Unlike the original, images may be rectangular, shift masks are made once per ma
 faster, and the relative-position index is no buffer (state dicts lack `relative_position_index`).
 """
 
+import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import cast
 
@@ -88,6 +90,14 @@ class Swin(Backbone):
 
     def attention_blocks(self) -> list[list[AttentionBlock]]:
         return [cast(list[AttentionBlock], list(layer.blocks)) for layer in self._layers()]
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the official Swin, timm (where the merging begins a stage instead of ending one) and torchvision (one list of stages)."""
+        state = {_from_torchvision(name): value for name, value in state.items() if not name.endswith(".attn_mask")}
+        merging = sorted({int(name.split(".")[1]) for name in state if re.match(r"layers\.\d+\.downsample\.", name)})
+        if merging and merging[0] == 1:
+            state = {re.sub(r"^layers\.(\d+)\.downsample\.", _one_stage_earlier, name): value for name, value in state.items()}
+        return state
 
     def _layers(self) -> "list[SwinStage]":
         return cast(list[SwinStage], list(self.layers))
@@ -296,6 +306,28 @@ def _shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.
     """The mask of a map size, made once: a block in every forward of every crop size asks for it."""
     with torch.inference_mode(False):  # a mask first made while evaluating must serve training too
         return _make_shift_mask(rows, columns, window, shift, device)
+
+
+TORCHVISION_NAMES: dict[str, Callable[[re.Match[str]], str]] = {
+    r"features\.0\.0\.": lambda _: "patch_embed.proj.",
+    r"features\.0\.2\.": lambda _: "patch_embed.norm.",
+    r"features\.(\d+)\.(\d+)\.": lambda found: f"layers.{int(found[1]) // 2}.blocks.{found[2]}.",
+    r"features\.(\d+)\.(?=norm|reduction)": lambda found: f"layers.{int(found[1]) // 2 - 1}.downsample.",
+}
+
+
+def _from_torchvision(name: str) -> str:
+    """Stages are features 1, 3, 5, ..., mergings features 2, 4, ...; any other name stays."""
+    for pattern, ours in TORCHVISION_NAMES.items():
+        found = re.match(pattern, name)
+        if found:
+            rest = name[found.end() :]
+            return ours(found) + rest.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+    return name
+
+
+def _one_stage_earlier(found: re.Match[str]) -> str:
+    return f"layers.{int(found[1]) - 1}.downsample."
 
 
 def _check(

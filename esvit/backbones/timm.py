@@ -81,6 +81,14 @@ class Timm(Backbone):
         _, stages = self._intermediates(images, indices=count, norm=True, **options)
         return [stage[1][:, 0] if with_class_token else stage.mean(dim=(2, 3)) for stage in stages]
 
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From timm, without the classifier."""
+        classifiers = self.model.pretrained_cfg.get("classifier") or ()
+        prefixes = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        theirs = {name: value for name, value in state.items() if not name.startswith("model.")}
+        ours = {name: value for name, value in state.items() if name.startswith("model.")}
+        return ours | {f"model.{name}": value for name, value in theirs.items() if not name.startswith(prefixes)}
+
     def disable_drop_path(self) -> None:
         super().disable_drop_path()
         for module in self.modules():

@@ -12,6 +12,7 @@ Unlike the original, images may have any size and be rectangular, all neighbours
 itself whether it slides, and local and global projections have one name instead of two (`query`, not also `query_global`).
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import cast
@@ -133,6 +134,23 @@ class Vil(Backbone):
             for module in self.modules():
                 if isinstance(module, SlidingChunkAttention):
                     module.neighbours = neighbours
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the original, without the second names of tied projections. Projections that are not tied stay, and are refused."""
+        local_names = {name: re.sub(r"\.(query|kv|proj)_global\.", r".\1.", name) for name in state}
+        return {
+            name: value
+            for name, value in state.items()
+            if local_names[name] == name or not _are_tied(value, state.get(local_names[name]))
+        }
+
+    def resize_positions(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """Besides biases, the positions along each axis (1, side, width); those of global tokens have no side."""
+        if not name.endswith(("x_pos_embed", "y_pos_embed")):
+            return super().resize_positions(name, table, shape)
+        if table.dim() != 3 or table.shape[2] != shape[2]:
+            return None
+        return _resample(table, shape[1], scale=shape[1] / table.shape[1])
 
     def _layers(self) -> "list[VilStage]":
         return [cast(VilStage, self.get_submodule(f"layer{number}")) for number in range(1, self.stage_count + 1)]
@@ -447,6 +465,10 @@ class SlidingChunkAttention(VilAttention):
 
 def _table(*shape: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02) if 0 not in shape else torch.empty(shape))
+
+
+def _are_tied(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and (one is other or torch.equal(one, other))
 
 
 def _one_chunk(tokens: Tensor) -> Tensor:

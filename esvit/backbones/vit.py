@@ -12,6 +12,7 @@ Unlike the original, images may be rectangular, and the interpolation is two sma
 in a racy order on CUDA.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -80,6 +81,21 @@ class ViT(Backbone):
 
     def attention_blocks(self) -> Sequence[Sequence[AttentionBlock]]:
         return [cast(list[AttentionBlock], list(self.blocks))]
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From torchvision; the original, DINO, DeiT and timm have the names of ours."""
+        return {_from_torchvision(name): value for name, value in state.items()}
+
+    def resize_positions(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """The position embeddings: the class token's stays, the others are interpolated between squares as in `forward`."""
+        if name != "pos_embed" or table.dim() != 3 or table.shape[2] != shape[2]:
+            return None
+        old_side = math.isqrt(table.shape[1] - 1)
+        if 1 + old_side**2 != table.shape[1]:
+            return None
+        matrix = _bicubic_matrix(old_side, self.nominal_side, table.device)
+        cells = torch.einsum("rs,stc,qt->rqc", matrix, table[0, 1:].unflatten(0, (old_side, old_side)), matrix)
+        return torch.cat([table[:, :1], cells.flatten(0, 1).unsqueeze(0)], dim=1)
 
     def position_embeddings(self, grid: tuple[int, int]) -> Tensor:
         """(1, T, d) for R x Q patches: the class token's as it is, the others interpolated from the nominal square."""
@@ -154,6 +170,29 @@ class Attention(nn.Module):
         """(B, T, d) -> query, key, value, each (B, heads, T, d / heads)."""
         projected = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))
         return projected.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+TORCHVISION_NAMES = {
+    "class_token": "cls_token",
+    "encoder.pos_embedding": "pos_embed",
+    "conv_proj.": "patch_embed.proj.",
+    "encoder.ln.": "norm.",
+    "encoder.layers.encoder_layer_": "blocks.",
+    ".ln_1.": ".norm1.",
+    ".ln_2.": ".norm2.",
+    ".self_attention.in_proj_": ".attn.qkv.",
+    ".self_attention.out_proj.": ".attn.proj.",
+    ".mlp.linear_1.": ".mlp.fc1.",
+    ".mlp.linear_2.": ".mlp.fc2.",
+    ".mlp.0.": ".mlp.fc1.",
+    ".mlp.3.": ".mlp.fc2.",
+}
+
+
+def _from_torchvision(name: str) -> str:
+    for theirs, ours in TORCHVISION_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _bicubic_matrix(size: int, new_size: int, device: torch.device) -> Tensor:

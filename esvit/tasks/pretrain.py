@@ -22,7 +22,7 @@ from esvit.augmentations.evaluation import Normalize
 from esvit.augmentations.mixing import Mixing
 from esvit.augmentations.multicrop import MultiCrop
 from esvit.backbones.base import Backbone
-from esvit.checkpoints import CheckpointFolder, load_checkpoint_file, strict_load
+from esvit.checkpoints import CheckpointFolder, has_checkpoint, strict_load
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
@@ -33,6 +33,7 @@ from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions
 from esvit.optimizers import AdamW, LARS, SGD
+from esvit.published import load_networks, read_networks
 from esvit.records import Views
 from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
@@ -59,7 +60,10 @@ class Pretrain:
     health_every      optimizer steps between signs of health; 0 means never
     checkpoint_every  optimizer steps between checkpoints, of which `checkpoint_keep` are kept
     max_steps         stop after so many optimizer steps, with schedules of full length; None means at the end
-    checkpoint        a checkpoint file whose student, teacher and centres the run begins with, or None
+    checkpoint        a file, ours or a published one, whose student, teacher and centres the run begins with, or None
+    start_epoch       with `checkpoint`: the epoch at which schedules and data order begin
+    fresh_heads       "none", "region" or "all": heads that begin anew instead, with their prototypes and centre
+    resize_positions  resize tables of positions in `checkpoint` that were made for other windows or another image size
     """
 
     backbone: Backbone
@@ -80,6 +84,9 @@ class Pretrain:
     checkpoint_every: int
     checkpoint_keep: int
     checkpoint: str | None
+    start_epoch: int
+    fresh_heads: str
+    resize_positions: bool
 
     def run(self, runtime: Runtime) -> None:
         """Train to the end, from the run folder's checkpoint where there is one.
@@ -100,9 +107,12 @@ class Pretrain:
             ("task.checkpoint_keep", self.checkpoint_keep, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("max_steps", 1 if self.max_steps is None else self.max_steps, 1),
+            ("start_epoch", self.start_epoch, 0),
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
+        if self.start_epoch >= self.epochs:
+            raise OptionError("start_epoch", f"{self.start_epoch} is not before the end of epochs={self.epochs}", "use a smaller one, or more epochs")
 
 
 class NonFiniteLoss(OptionError):
@@ -133,6 +143,9 @@ class _Run:
             learning_rate=scaled_learning_rate(task.optimizer.learning_rate, self.loader.images_per_step),
         )
         self.stop = min(self.schedules.total_steps, task.max_steps or self.schedules.total_steps)
+        self.first_step = task.start_epoch * self.loader.steps_per_epoch
+        if self.stop <= self.first_step:
+            raise OptionError("max_steps", f"{self.stop}, but start_epoch={task.start_epoch} begins after {self.first_step}", "use a larger one")
         self.labelled: LabelledSplit | None = task.online_knn.open(task.data, self.images)
         self._check_crop_sizes()
         network = task.head.attach(task.backbone, regions=task.loss.needs_regions).to(runtime.device)
@@ -149,7 +162,7 @@ class _Run:
             accumulation=task.accumulation,
             mixing=task.mixing if task.mixing.is_on else None,
         )
-        self.initial_state = None if task.checkpoint is None else load_checkpoint_file(Path(task.checkpoint))
+        self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()
         self.meter = Meter(runtime.device)
         self.notes: list[str] = []
         self.unreadable: list[str] = []  # names of images met here since the last record
@@ -168,12 +181,11 @@ class _Run:
         self._announce(start)
         if record_is_due:  # the last attempt was stopped before it could evaluate
             self._record(start, None)
-        began = time.monotonic()
         try:
             self._train(start)
         finally:
             self.progress.close()
-        self._finish(images=(self.stop - start) * self.loader.images_per_step, seconds=time.monotonic() - began)
+        self._finish()
 
     def _train(self, start: int) -> None:
         with contextlib.closing(self._on_device(self.loader.from_step(start))) as batches:  # closing ends the loading processes
@@ -341,10 +353,8 @@ class _Run:
         """Completed steps, and whether their record is still due; everything is as it was after them."""
         state = self.checkpoints.load()
         if state is None:
-            if self.initial_state is not None:
-                self._start_from(self.initial_state)
-            self.tracker.resume(0)
-            return 0, False
+            self.tracker.resume(self.first_step)
+            return self.first_step, False
         if state["sampler"]["images"] != len(self.images):
             raise OptionError("data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images")
         if state["sampler"]["images_per_step"] != self.loader.images_per_step:
@@ -365,10 +375,29 @@ class _Run:
         self.tracker.resume(state["step"])
         return state["step"], state["record_is_due"]
 
-    def _start_from(self, state: dict) -> None:
-        strict_load(self.distillation.network, state["student"], option="checkpoint", what="student")
-        strict_load(self.distillation.teacher.network, state["teacher"], option="checkpoint", what="teacher")
-        strict_load(self.distillation.loss, state["loss"], option="checkpoint", what="loss")
+    def _begin(self) -> str:
+        """Give a new run the weights of `checkpoint`, where one is asked for; returns in words what it begins with.
+
+        The optimizer's state is left behind: its moments belong to another schedule, or to other parameters.
+        """
+        task = self.task
+        if task.checkpoint is None:
+            for option, is_default in (("start_epoch", task.start_epoch == 0), ("fresh_heads", task.fresh_heads == "none")):
+                if not is_default:
+                    raise OptionError("checkpoint", f"is not set, but {option} goes on from one", "give the checkpoint file to begin with")
+            return ""
+        saved = read_networks(task.checkpoint)
+        load_networks(
+            saved,
+            student=self.distillation.network,
+            teacher=self.distillation.teacher.network,
+            loss=self.distillation.loss,
+            fresh_heads=task.fresh_heads,
+            resize_positions=task.resize_positions,
+        )
+        age = "" if saved.epoch is None else f", after {saved.epoch} epochs"
+        fresh = {"none": "", "region": "; the region head is fresh", "all": "; all heads are fresh"}[task.fresh_heads]
+        return f"{task.checkpoint} (of {saved.origin}{age}){fresh}"
 
     # ------------------------------------------------------------------ before and after
 
@@ -408,7 +437,10 @@ class _Run:
             checkpoint_every=self.task.checkpoint_every,
         ):
             self.progress.say(line)
-        if start == 0 and self.labelled is not None and self.task.online_knn.baselines and not self._baselines_file.exists():
+        if self.beginning:
+            self.progress.say(f"begins with    {self.beginning}")
+            self.progress.say(f"               at epoch {self.task.start_epoch} of the schedules, with a fresh optimizer")
+        if start == self.first_step and self.labelled is not None and self.task.online_knn.baselines and not self._baselines_file.exists():
             self._measure_baselines()
         if self.runtime.is_main:
             self.tracker.artifact(self.runtime.folder / "config.yaml")
@@ -421,14 +453,13 @@ class _Run:
     def _crops_file(self) -> Path:
         return self.runtime.folder / "crops.png"
 
-    def _finish(self, *, images: int, seconds: float) -> None:
+    def _finish(self) -> None:
         """Final metrics, report and table (rank 0)."""
         if not self.runtime.is_main:
             return
         records = self.tracker.records()
         metrics = final_metrics(records, step=self.stop, images_per_step=self.loader.images_per_step)
-        if seconds > 0 and images > 0:
-            metrics["images_per_second"] = images / seconds
+        metrics["images_seen"] = (self.stop - self.first_step) * self.loader.images_per_step
         report = write_run_report(
             self.runtime.folder, records=records, metrics=metrics, config=self.config, crops=self._crops_file, notes=self.notes
         )

@@ -22,8 +22,20 @@ def final_metrics(records: list[dict], *, step: int, images_per_step: int) -> di
     metrics: dict[str, float] = {}
     for record in records:
         metrics |= {name: value for name, value in record.items() if name not in ("step", "epoch", "time")}
+    if speed := _images_per_second(records):
+        metrics["images_per_second"] = speed
     metrics |= {"step": step, "epoch": records[-1]["epoch"] if records else 0, "images_seen": step * images_per_step}
     return metrics
+
+
+def _images_per_second(records: list[dict]) -> float | None:
+    """Over the steps of training alone: without evaluations, checkpoints, and what came before the first step."""
+    spans = [
+        (record["step"] - before, record["speed/images_per_second"])
+        for before, record in zip([0, *(record["step"] for record in records)], records, strict=False)
+        if record.get("speed/images_per_second")
+    ]
+    return sum(steps for steps, _ in spans) / sum(steps / speed for steps, speed in spans) if spans else None
 
 
 def write_run_report(folder: Path, *, records: list[dict], metrics: dict[str, float], config: dict, crops: Path, notes: list[str]) -> Path:

@@ -9,8 +9,8 @@ from esvit.backbones.base import Backbone, Stage
 from esvit.backbones.cvt import Cvt
 from esvit.backbones.resnet import ResNet
 from esvit.backbones.swin import Swin, SwinBlock
-from esvit.backbones.vil import Vil
 from esvit.backbones.timm import Timm
+from esvit.backbones.vil import Vil
 from esvit.backbones.vit import ViT
 
 MICRO: dict[str, Any] = {

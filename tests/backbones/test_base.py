@@ -35,12 +35,6 @@ def test_last_blocks_are_normed_in_the_last_stage_only():
             torch.testing.assert_close(block, expected)
 
 
-@pytest.mark.parametrize("count", [0, 7])
-def test_more_blocks_than_there_are_are_refused(count):
-    with pytest.raises(ValueError, match="from 1 to 6"):
-        swin().last_blocks(torch.randn(1, 3, 32, 32), count)
-
-
 def test_a_class_token_stands_for_the_image_and_is_no_region():
     network, images = Convolutions(class_token=True), torch.randn(2, 3, 16, 20)
     features = network(images)
@@ -62,9 +56,3 @@ def test_attention_to_padding_is_left_out_and_the_rest_fills_the_row():
     weights = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6], [0.2, 0.2, 0.6]]).view(1, 1, 1, 3, 3)
     on_grid = AttentionWindows(weights, torch.tensor([[1, -1, 0]])).on_grid((1, 2))
     torch.testing.assert_close(on_grid[0, 0], torch.tensor([[0.6 / 0.8, 0.2 / 0.8], [0.25 / 0.75, 0.5 / 0.75]]))
-
-
-def test_no_branch_is_dropped_once_drop_path_is_disabled():
-    network, images = swin(drop_path_rate=0.5).train(), torch.randn(4, 3, 32, 32)
-    network.disable_drop_path()
-    assert torch.equal(network(images).pooled, network(images).pooled)

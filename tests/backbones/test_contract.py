@@ -1,6 +1,7 @@
 """What every backbone promises, asked of each of them alike."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,24 +17,30 @@ from tests.backbones.networks import micro_cvt, micro_resnet, micro_vil, micro_v
 
 @dataclass(frozen=True)
 class Case:
-    """make: the network with options, e.g. in_channels; stride: pixels of a region's side; whether it has attention, stochastic depth."""
+    """One backbone.
+
+    make            the network with options, e.g. in_channels
+    stride          pixels of a region's side
+    attention       whether it has any
+    drop_path       whether it has stochastic depth
+    without_effect  pattern of parameters that take part in the forward, but change no feature
+    """
 
     make: Callable[..., Backbone]
     stride: int
     attention: bool = True
     drop_path: bool = True
+    without_effect: str = "$^"
 
 
 CASES = {
     "swin": Case(swin, stride=32),
-    "swin_w14": Case(partial(swin, window_size=14), stride=32),
     "cvt": Case(micro_cvt, stride=32),
     "cvt_stem_relative_position_rolled": Case(
         partial(micro_cvt, residual_stem=True, relative_position=True, shift="rolled", depths=[2, 1, 1, 1]), stride=32
     ),
-    "vil": Case(micro_vil, stride=32),
+    "vil": Case(micro_vil, stride=32, without_effect=r"layer\d\.1\.attn\.g2g_"),  # a stage's last block: its global tokens end there
     "vit": Case(micro_vit, stride=16),
-    "vit_p8": Case(partial(micro_vit, patch_size=8), stride=8),
     "resnet": Case(micro_resnet, stride=32, attention=False, drop_path=False),
     "timm_vit": Case(partial(timm_network, "test_vit"), stride=16),
     "timm_convnext": Case(partial(timm_network, "test_convnext"), stride=32, attention=False),
@@ -118,7 +125,8 @@ def test_gradient_of_pooled_features_reaches_every_parameter(case):
         pooled = network(images).pooled
         pooled.backward(torch.randn_like(pooled))
     for name, parameter in network.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0 or re.match(case.without_effect, name), name
 
 
 def test_network_compiles_as_one_graph(case):

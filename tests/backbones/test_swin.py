@@ -13,18 +13,13 @@ from tests.backbones.networks import DEMO, MICRO, blocks_of, swin
 
 @pytest.mark.parametrize(
     ("image", "grid"),
-    [((96, 96), (3, 3)), ((224, 224), (7, 7)), ((64, 160), (2, 5)), ((100, 37), (4, 2)), ((4, 4), (1, 1))],
+    [((100, 37), (4, 2)), ((4, 4), (1, 1))],
 )
-def test_any_image_size_gives_features_on_its_own_grid(image, grid):
+def test_images_need_not_be_whole_windows_or_quads(image, grid):
     features = swin().eval()(torch.randn(2, 3, *image))
     assert features.grid == grid
     assert features.pooled.shape == (2, 192)
     assert features.regions.shape == (2, grid[0] * grid[1], 192)
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_images_may_have_other_than_three_channels(channels):
-    assert swin(in_channels=channels)(torch.randn(1, channels, 32, 32)).pooled.shape == (1, 192)
 
 
 @pytest.mark.parametrize("side", [32, 16])
@@ -45,17 +40,15 @@ def test_windows_and_shifts_are_frozen_for_the_nominal_image_size(window_size, w
     assert [(block.window, block.shift) for block in blocks_of(network)] == windows_and_shifts
 
 
-@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 96), (64, 96)])
-def test_attention_rows_sum_to_one_on_the_image_grid(height, width):
+def test_attention_of_every_stage_lies_on_its_own_grid():
     network = swin().eval()
     with torch.no_grad():
-        attentions = network.attentions(torch.randn(1, 3, height, width))
+        attentions = network.attentions(torch.randn(1, 3, 64, 96))
     assert len(attentions) == 6
     for block, heads, weights in zip(range(6), [2, 2, 4, 8, 8, 16], attentions, strict=True):
         stage = [0, 0, 1, 2, 2, 3][block]
-        cells = (height // 4 // 2**stage) * (width // 4 // 2**stage)
+        cells = (64 // 4 // 2**stage) * (96 // 4 // 2**stage)
         assert weights.shape == (1, heads, cells, cells)
-        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, heads, cells))
 
 
 def test_attention_stays_inside_the_windows_of_the_image():
@@ -151,13 +144,6 @@ def test_merging_joins_four_neighbours_and_pads_odd_maps():
     torch.testing.assert_close(tokens, merging.reduction(merging.norm(quads)))
 
 
-def test_gradients_reach_every_parameter():
-    network = swin()
-    sum(network(torch.randn(2, 3, side, side)).regions.square().sum() for side in (64, 96)).backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
 def test_backward_of_a_window_14_block_gives_the_same_bits_every_time_with_two_threads(two_threads):
     """The first stage's shifted block of Swin-T W14: its bias has 196 * 196 * 3 entries; a lookup's backward races above 32,768."""
     torch.manual_seed(0)
@@ -181,16 +167,6 @@ def test_nothing_in_the_backward_adds_in_a_racy_order():
     assert not [name for name in names if any(racy in name for racy in ("Index", "Gather", "Scatter", "Embedding", "Put", "Take"))]
 
 
-def test_network_compiles_as_one_graph():
-    torch.manual_seed(0)
-    network, images = Swin(**DEMO), torch.randn(2, 3, 40, 32)
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    pooled = compiled(images).pooled
-    torch.testing.assert_close(pooled, network(images).pooled)
-    pooled.sum().backward()
-    assert network.patch_embed.proj.weight.grad is not None
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_stays_near_full_precision(training):
     network, images = swin(), torch.randn(2, 3, 64, 64)
@@ -198,14 +174,6 @@ def test_half_precision_stays_near_full_precision(training):
         pooled = network(images).pooled.float()
     expected = network(images).pooled
     assert (pooled - expected).norm() / expected.norm() < 0.05
-
-
-def test_state_survives_a_round_trip():
-    network, images = swin(), torch.randn(1, 3, 64, 64)
-    torch.manual_seed(1)
-    other = Swin(**MICRO)
-    other.load_state_dict(network.state_dict())
-    assert torch.equal(network(images).pooled, other(images).pooled)
 
 
 def test_stochastic_depth_rises_over_the_whole_network():

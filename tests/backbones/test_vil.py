@@ -7,10 +7,10 @@ from esvit.backbones import sliding_chunks
 from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, join_chunks, key_chunks, neighbourhood_bias, query_chunks
 from esvit.backbones.vil import FullAttention, SlidingChunkAttention, Vil, VilAttentionBlock, VilPatchEmbed, _attend, _resample, _softmax
 from esvit.errors import OptionError
+from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions
 from esvit.optimizers import SGD
 from esvit.runtime import Runtime
-from esvit.losses.view import ViewLoss
 from esvit.tasks.distillation import Distillation
 from tests.backbones.networks import MICRO_VIL, micro_vil
 
@@ -307,7 +307,6 @@ def test_attention_rows_sum_to_one_on_the_image_grid(height, width):
 
 def test_attention_is_what_the_block_computed():
     network, images = micro_vil(**TWO_STAGES).eval(), torch.randn(1, 3, 32, 40)
-    (sliding, *_), _ = network.attention_blocks(), None
     for blocks, stage in zip(network.attention_blocks(), network.encode(images), strict=True):
         for block, tokens in zip(blocks, stage.tokens[:-1], strict=True):
             assert isinstance(block, VilAttentionBlock)

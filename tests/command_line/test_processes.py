@@ -1,14 +1,17 @@
 """Several processes: one run folder, the answer of one process on the joined batch, exact resume, and no orphan, whoever starts them."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.command_line.commands import ROOT, assert_same_training, checkpoint, environment, log, losses, succeeded, wait_until
+from tests.command_line.commands import PATIENCE_SECONDS, ROOT, assert_same_training, checkpoint, environment, log, losses, succeeded, wait_until
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(ROOT / "run.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(ROOT / "run.py")]
 
 
 def ranks_of(folder: Path) -> list[int]:
@@ -27,9 +30,16 @@ def ranks_of(folder: Path) -> list[int]:
 
 def torchrun(*arguments: str, folder: Path) -> str:
     """What it printed."""
-    ended = subprocess.run([*TORCHRUN, *arguments], cwd=folder, env=environment(), capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    started = subprocess.Popen(
+        [*TORCHRUN, *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = started.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ CONSUMED = {
     **{f"arch_swin_{model}.npz": "test_backbones.py" for model in SWIN},
     **{f"arch_cvt_{model}.npz": "test_cvt.py" for model in CVT},
     **{f"arch_{model}.npz": "test_vit.py" for model in ("deit_tiny", "deit_small", "deit_small_p8", "vit_base", "resnet50")},
+    **{f"arch_vil_{model}.npz": "test_vil.py" for model in ("2262", "small_default")},
+    "vil_sliding_chunk_attention.npz": "test_vil.py",
     "layernorm_eps.npz": "test_backbones.py",
     "linear_eval_dims.json": "test_backbones.py",
     "dinohead.npz": "test_heads.py",
@@ -24,6 +26,7 @@ CONSUMED = {
     "lars.npz": "test_optimization.py",
     "knn.npz": "test_knn.py",
     "train_cvt_dense_adamw.npz": "test_cvt.py",
+    "train_vil_dense_adamw.npz": "test_vil.py",
     "train_swin_view_adamw.npz": "test_training.py",
     "train_swin_dense_adamw.npz": "test_training.py",
     "train_swin_dense_sgd.npz": "test_training.py",
@@ -31,9 +34,6 @@ CONSUMED = {
 }
 
 NOT_OURS_YET = {
-    **{f"arch_vil_{model}.npz": "ViL is not built yet" for model in ("2262", "small_default")},
-    "vil_sliding_chunk_attention.npz": "ViL is not built yet",
-    "train_vil_dense_adamw.npz": "ViL is not built yet",
     "correspondence.npz": "the analysis of region correspondence is not built yet",
     "attn_entropy.npz": "the analysis of attention is not built yet",
 }

@@ -81,7 +81,7 @@ def test_a_rank_killed_from_outside_is_reported(tmp_path, capsys, monkeypatch):
         Gpus(processes=2, grace_seconds=60).launch(job("end_in_rank_0", tmp_path))
     assert end.value.code == 128 + signal.SIGKILL
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "rank 0" in line and "SIGKILL" in line
+    assert line.startswith("error: a process was killed by SIGKILL")
 
 
 def test_signals_reach_every_rank_and_their_exit_code_comes_back(tmp_path, capsys, sigterm_once_ready):
