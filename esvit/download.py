@@ -42,9 +42,9 @@ def fetch(url: str, path: Path, *, token: str | None, option: str, token_option:
     if not path.exists():
         with _part_of(path, option) as part:
             _complete(url, part, path, token=token, option=option, token_option=token_option, pause_seconds=pause_seconds)
+            _etag_file(path).unlink(missing_ok=True)
             _compare_checksum(Path(str(part.name)), path, option=option)
             os.replace(str(part.name), path)
-            _etag_file(path).unlink(missing_ok=True)
         return path
     _compare_checksum(path, path, option=option)
     return path

@@ -58,7 +58,8 @@ class Runtime:
         torch.set_num_threads(self.threads)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(self.deterministic)
+        # Does what torch.use_deterministic_algorithms does, which would import torch's compiler: seconds, for nothing here.
+        torch.set_deterministic_debug_mode("error" if self.deterministic else "default")
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -28,7 +28,7 @@ from esvit.tasks.distillation import Distillation
 
 ROOT = Path(__file__).parents[1]
 PHASES = {"data", "teacher", "student", "loss", "backward", "optimizer", "EMA", "centre", "other", "step", "cpu"}
-RATIOS = ["speed_ratio", "memory_ratio", "loss_time_ratio", "loss_memory_ratio", "region_over_view"]
+RATIOS = ["speed_ratio", "cpu_ratio", "memory_ratio", "loss_time_ratio", "loss_memory_ratio", "region_over_view"]
 PROTOTYPES = 41
 ADAMW = AdamW(learning_rate=1e-3, betas=[0.9, 0.999], eps=1e-8, clip="parameter", clip_norm=3.0)
 NOW = StepValues(epoch=1, learning_rate=1e-3, weight_decay=0.1, momentum=0.9, temperature=0.05, last_layer_frozen=False)
@@ -72,7 +72,7 @@ def test_the_json_holds_time_and_memory_of_both_steps(run: tuple[str, dict[str, 
 
 def test_the_json_holds_every_ratio(run: tuple[str, dict[str, Any]]):
     _, report = run
-    for name in ("speed_ratio", "memory_ratio", "loss_time_ratio", "region_over_view"):
+    for name in ("speed_ratio", "cpu_ratio", "memory_ratio", "loss_time_ratio", "region_over_view"):
         assert report[name] > 0
     assert "loss_memory_ratio" in report  # null where so small a loss moves no page
     assert report["memory_ratio"] == pytest.approx(report["plain"]["peak_memory_bytes"] / report["peak_memory_bytes"])

@@ -51,7 +51,7 @@ class Timm(Backbone):
 
     def __init__(self, *, name: str, pretrained: bool, in_channels: int, image_size: int | None, drop_path_rate: float):
         super().__init__()
-        _check(name, drop_path_rate)
+        _check(name, pretrained, drop_path_rate)
         self.name = name
         self.model = _create(name, pretrained, in_channels, image_size, drop_path_rate)
         self.nominal_side = image_size or self.model.pretrained_cfg["input_size"][-1]
@@ -185,8 +185,7 @@ def _create(name: str, pretrained: bool, in_channels: int, image_size: int | Non
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        found = f"no weights for {name} ({str(error).splitlines()[0].rstrip('.')})"
-        raise OptionError("backbone.pretrained", found, "choose another network, or false for random weights") from error
+        raise _no_weights(f"those of {name} cannot be had ({str(error).splitlines()[0].rstrip('.')})") from error
     drops = [module.drop_prob for module in model.modules() if isinstance(module, TimmDropPath)]
     if drop_path_rate > 0 and not any(drops):
         raise _no_drop_path(name)
@@ -214,11 +213,18 @@ def _no_drop_path(name: str) -> OptionError:
     return OptionError("backbone.drop_path_rate", f"{name} has no stochastic depth", "give 0")
 
 
-def _check(name: str, drop_path_rate: float) -> None:
+def _no_weights(found: str) -> OptionError:
+    return OptionError("backbone.pretrained", found, "choose another network, or false for random weights")
+
+
+def _check(name: str, pretrained: bool, drop_path_rate: float) -> None:
     architecture, _, tag = name.partition(".")
     known = timm.list_pretrained(f"{architecture}.*") if tag and timm.is_model(architecture) else timm.list_models()
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=3))
         raise OptionError("backbone.name", f"timm has no '{name}'", f"did you mean {near}?" if near else "choose from timm.list_models()")
+    published = timm.get_pretrained_cfg(name)
+    if pretrained and (published is None or not published.has_weights):
+        raise _no_weights(f"timm has none for {name}")
     if not 0 <= drop_path_rate < 1:
         raise OptionError("backbone.drop_path_rate", f"{drop_path_rate}", "choose a probability from 0 to below 1")

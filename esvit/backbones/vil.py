@@ -529,7 +529,8 @@ def _check_stages(dims: list[int], per_stage: dict[str, Sequence[int]], image_si
         raise OptionError("backbone.dims", "[]", "give one width for each stage")
     for option, values in per_stage.items():
         if len(values) != len(dims):
-            raise OptionError(f"backbone.{option}", f"{len(values)} stages, but backbone.dims has {len(dims)}", "give one entry for each stage")
+            found = f"{len(values)} stages, but backbone.dims has {len(dims)}"
+            raise OptionError(f"backbone.{option}", found, "give one entry for each stage")
     for option in ("patch_sizes", "depths", "window_sizes"):
         if min(per_stage[option]) < 1:
             raise OptionError(f"backbone.{option}", f"{list(per_stage[option])}", "give at least 1 for each stage")

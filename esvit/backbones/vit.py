@@ -93,7 +93,7 @@ class ViT(Backbone):
         old_side = math.isqrt(table.shape[1] - 1)
         if 1 + old_side**2 != table.shape[1]:
             return None
-        matrix = _bicubic_matrix(old_side, self.nominal_side, table.device)
+        matrix = _bicubic_matrix(old_side, self.nominal_side, like=table)
         cells = torch.einsum("rs,stc,qt->rqc", matrix, table[0, 1:].unflatten(0, (old_side, old_side)), matrix)
         return torch.cat([table[:, :1], cells.flatten(0, 1).unsqueeze(0)], dim=1)
 
@@ -102,8 +102,7 @@ class ViT(Backbone):
         side = self.nominal_side
         if grid == (side, side):
             return self.pos_embed
-        rows = _bicubic_matrix(side, grid[0], self.pos_embed.device)
-        columns = _bicubic_matrix(side, grid[1], self.pos_embed.device)
+        rows, columns = (_bicubic_matrix(side, size, like=self.pos_embed) for size in grid)
         with torch.autocast(self.pos_embed.device.type, enabled=False):
             nominal = self.pos_embed[0, 1:].unflatten(0, (side, side))
             cells = torch.einsum("rs,stc,qt->rqc", rows, nominal, columns)
@@ -195,11 +194,12 @@ def _from_torchvision(name: str) -> str:
     return name
 
 
-def _bicubic_matrix(size: int, new_size: int, device: torch.device) -> Tensor:
+def _bicubic_matrix(size: int, new_size: int, *, like: Tensor) -> Tensor:
     """(new_size, size): what `F.interpolate(mode="bicubic")` does along one axis, read off its effect on unit vectors."""
     with torch.no_grad():
-        units = torch.eye(size, device=device).view(1, size, size, 1)  # channel i is the i-th unit vector, as a column
-        return F.interpolate(units, size=(new_size, 1), mode="bicubic").view(size, new_size).t()
+        units = torch.eye(size, device=like.device, dtype=like.dtype)
+        columns = units.view(1, size, size, 1)  # channel i is an image of one column, the i-th unit vector
+        return F.interpolate(columns, size=(new_size, 1), mode="bicubic").view(size, new_size).t()
 
 
 def _check(image_size: int, patch_size: int, dim: int, depth: int, heads: int, drop_path_rate: float) -> None:

@@ -236,7 +236,7 @@ class _Run:
     def _record(self, done: int, result: StepResult | None) -> None:
         """Read the meter, look at health and k-NN where they are due, and log one record for `done` completed steps."""
         now = self.schedules.at(done - 1)
-        metrics = self.meter.read()
+        metrics = _mean_over_ranks(self.meter.read())
         self._stop_if_not_finite()
         self._count_bad_images()
         if result is not None and self._is_health_due(done):
@@ -328,13 +328,14 @@ class _Run:
         """Write the checkpoint after `done` steps; it is on disk when this returns, on every rank."""
         self._stop_if_not_finite()
         rng = distributed.gather_objects(torch.get_rng_state())
+        meters = distributed.gather_objects(self.meter.state_dict())
         if self.runtime.is_main:
             self.tracker.sync_to_disk()
             epoch, step_of_epoch = divmod(done, self.loader.steps_per_epoch)
             state = self.distillation.state_dict() | {
                 "step": done,
                 "record_is_due": record_is_due,
-                "meter": self.meter.state_dict(),
+                "meters": meters,
                 "sampler": {"epoch": epoch, "step_of_epoch": step_of_epoch, "images_per_step": self.loader.images_per_step, "images": len(self.images)},
                 "rng": rng,
                 "threads": self.runtime.threads,
@@ -369,9 +370,9 @@ class _Run:
         strict_load(distillation.teacher.network, state["teacher"], option="output_dir", what="teacher")
         strict_load(distillation.loss, state["loss"], option="output_dir", what="loss")
         distillation.optimizer.load_state_dict(state["optimizer"])
-        self.meter.load_state_dict(state["meter"])
         if self.runtime.rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][self.runtime.rank])
+            self.meter.load_state_dict(state["meters"][self.runtime.rank])
         self.tracker.resume(state["step"])
         return state["step"], state["record_is_due"]
 
@@ -467,3 +468,9 @@ class _Run:
         self.tracker.final(metrics, self.stop)  # metrics.json, which makes the run a finished one
         for line in table(metrics, folder=self.runtime.folder, report=report, view_command=self.tracker.view_command):
             self.progress.say(line)
+
+
+def _mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Each rank's meter knows its own batches only."""
+    everyone = distributed.gather_objects(metrics)
+    return {name: sum(each[name] for each in everyone) / len(everyone) for name in metrics}

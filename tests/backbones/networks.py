@@ -91,13 +91,15 @@ def micro_vit(**changes) -> ViT:
 def micro_resnet(**changes) -> ResNet:
     """One block in each stage, with other options where given."""
     torch.manual_seed(0)
-    return ResNet(**({"in_channels": 3, "depths": [1, 1, 1, 1]} | changes))
+    options: dict[str, Any] = {"in_channels": 3, "depths": [1, 1, 1, 1]}
+    return ResNet(**(options | changes))
 
 
 def timm_network(name: str, **changes) -> Timm:
     """A small network of timm with random weights, with other options where given."""
     torch.manual_seed(0)
-    return Timm(**({"name": name, "pretrained": False, "in_channels": 3, "image_size": None, "drop_path_rate": 0.0} | changes))
+    options: dict[str, Any] = {"name": name, "pretrained": False, "in_channels": 3, "image_size": None, "drop_path_rate": 0.0}
+    return Timm(**(options | changes))
 
 
 MICRO_VIL: dict[str, Any] = {

@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from esvit.backbones import sliding_chunks
+from esvit.backbones.layers import DropPath
 from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, join_chunks, key_chunks, neighbourhood_bias, query_chunks
 from esvit.backbones.vil import FullAttention, SlidingChunkAttention, Vil, VilAttentionBlock, VilPatchEmbed, _attend, _resample, _softmax
 from esvit.errors import OptionError
@@ -27,10 +30,20 @@ TWO_STAGES = {
 }
 
 
+SLIDING: dict[str, Any] = {
+    "dim": 8,
+    "heads": 2,
+    "global_tokens": 2,
+    "window": 2,
+    "relative_positions": True,
+    "neighbours": "all",
+    "reach": "chunks",
+}
+
+
 def sliding_attention(**changes) -> SlidingChunkAttention:
-    options = {"dim": 8, "heads": 2, "global_tokens": 2, "window": 2, "relative_positions": True, "neighbours": "all", "reach": "chunks"}
     torch.manual_seed(0)
-    attention = SlidingChunkAttention(**(options | changes))
+    attention = SlidingChunkAttention(**(SLIDING | changes))
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention
@@ -203,20 +216,26 @@ def test_all_neighbours_follow_at_their_share_of_training():
         assert [attention.neighbours for attention in sliding_attentions(network)] == [neighbours] * 2
 
 
-@pytest.mark.parametrize("changes", [{"neighbours": "random", "all_neighbours_from": 1.0}, {"neighbours": "own", "all_neighbours_from": 0.5}])
-def test_neighbours_stay_where_no_switch_is_asked_for(changes):
-    network = micro_vil(**changes)
+@pytest.mark.parametrize(("neighbours", "switch"), [("random", 1.0), ("own", 0.5)])
+def test_neighbours_stay_where_no_switch_is_asked_for(neighbours, switch):
+    network = micro_vil(neighbours=neighbours, all_neighbours_from=switch)
     network.set_progress(0.999)
-    assert {attention.neighbours for attention in sliding_attentions(network)} == {changes["neighbours"]}
+    assert {attention.neighbours for attention in sliding_attentions(network)} == {neighbours}
 
 
 def test_student_and_teacher_hear_of_the_progress():
     head = HeadOptions(hidden_dim=8, bottleneck_dim=4, layers=1, batch_norm=False, prototypes=8, norm_last_layer=True)
     network = head.attach(micro_vil(neighbours="random", all_neighbours_from=0.5), regions=False)
-    loss = ViewLoss(student_temperature=0.1, center_momentum=0.9)
-    optimizer = SGD(learning_rate=0.1, momentum=0.9, clip="none", clip_norm=1.0).build(network, precision="fp32", device=torch.device("cpu"))
-    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0)
-    distillation = Distillation(network=network, loss=loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None)
+    sgd = SGD(learning_rate=0.1, momentum=0.9, clip="none", clip_norm=1.0)
+    distillation = Distillation(
+        network=network,
+        loss=ViewLoss(student_temperature=0.1, center_momentum=0.9),
+        optimizer=sgd.build(network, precision="fp32", device=torch.device("cpu")),
+        runtime=Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0),
+        global_count=2,
+        accumulation=1,
+        mixing=None,
+    )
     for share, neighbours in ((0.49, "random"), (0.5, "all")):
         distillation.set_progress(share)
         for each in (distillation.network, distillation.teacher.network):
@@ -242,7 +261,9 @@ def test_images_may_have_other_than_three_channels(channels):
     assert micro_vil(in_channels=channels)(torch.randn(1, channels, 32, 32)).pooled.shape == (1, 48)
 
 
-@pytest.mark.parametrize(("old_size", "size", "scale"), [(196, 36, 36 / 196), (196, 100, 100 / 196), (14, 14, (197 / 196) ** 0.5), (7, 9, 9 / 7)])
+@pytest.mark.parametrize(
+    ("old_size", "size", "scale"), [(196, 36, 36 / 196), (196, 100, 100 / 196), (14, 14, (197 / 196) ** 0.5), (7, 9, 9 / 7)]
+)
 def test_resampling_is_torchs_bicubic_interpolation(old_size, size, scale):
     picture = torch.randn(2, 3, old_size, old_size, dtype=torch.float64)
     expected = F.interpolate(picture, scale_factor=scale, mode="bicubic")
@@ -312,9 +333,11 @@ def test_attention_is_what_the_block_computed():
             assert isinstance(block, VilAttentionBlock)
             weights = block.attention(tokens, stage.grid).weights[:, 0]
             normed = block.norm(tokens)
-            project = block.attn.kv if isinstance(block.attn, SlidingChunkAttention) else block.attn.qkv
-            value = project(normed)[..., -tokens.shape[2] :].unflatten(-1, (block.attn.heads, -1)).transpose(1, 2)
-            mixed = block.attn.proj((weights @ value).transpose(1, 2).flatten(2))
+            attention = block.attn
+            assert isinstance(attention, FullAttention | SlidingChunkAttention)
+            projected = attention.qkv(normed) if isinstance(attention, FullAttention) else attention.kv(normed)
+            value = projected[..., -tokens.shape[2] :].unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            mixed = attention.proj((weights @ value).transpose(1, 2).flatten(2))
             torch.testing.assert_close(block(tokens, stage.grid), tokens + mixed, rtol=1e-4, atol=1e-5)
 
 
@@ -398,10 +421,10 @@ def test_state_survives_a_round_trip():
 
 def test_stochastic_depth_rises_over_the_whole_network_and_is_the_same_for_both_branches_of_a_block():
     network = micro_vil(depths=[2, 1, 2, 1], drop_path_rate=0.5)
-    rates = [module.drop_path.rate for layer in network._layers() for module in list(layer)[1:]]
-    assert rates == pytest.approx([rate for rate in (0, 0.1, 0.2, 0.3, 0.4, 0.5) for _ in range(2)])
+    drops = [module for module in network.modules() if isinstance(module, DropPath)]
+    assert [drop.rate for drop in drops] == pytest.approx([rate for rate in (0, 0.1, 0.2, 0.3, 0.4, 0.5) for _ in range(2)])
     network.disable_drop_path()
-    assert all(module.drop_path.rate == 0 for layer in network._layers() for module in list(layer)[1:])
+    assert all(drop.rate == 0 for drop in drops)
 
 
 def test_layer_norms_use_the_eps_of_the_original():

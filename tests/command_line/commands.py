@@ -162,6 +162,6 @@ def differences(ours: object, theirs: object, place: str = "") -> list[str]:
 def assert_same_training(ours: Path, theirs: Path) -> None:
     """Same weights, centre, moments and log, bit for bit."""
     mine, other = checkpoint(ours), checkpoint(theirs)
-    for part in ("student", "teacher", "loss", "optimizer", "step", "sampler", "meter"):
+    for part in ("student", "teacher", "loss", "optimizer", "step", "sampler", "meters"):
         assert differences(mine[part], other[part], part) == []
     assert losses(ours) == losses(theirs)

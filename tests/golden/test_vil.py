@@ -130,7 +130,7 @@ def test_layer_norm_eps_is_the_originals(goldens):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_sliding_chunks_equal_the_originals_in_every_mode(gradients, goldens):
-    """Modes 1 to 8 are the own chunk and one neighbour, in the order of the 3 x 3; without and with gradients the product takes two paths."""
+    """Modes 1 to 8 are the own chunk and one neighbour, in the order of the 3 x 3; with gradients the product takes another path."""
     golden = goldens.case("vil_sliding_chunk_attention")
     for name in list(golden):
         match = re.fullmatch(r"nglo(\d)_(\d+)x(\d+)_rpe(\d)_mode(-?\d)(?:_exact(-?1))?", name)

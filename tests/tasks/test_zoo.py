@@ -211,7 +211,7 @@ def test_a_download_with_another_checksum_than_recorded_is_thrown_away(storage: 
     storage.content = b"tampered with"
     with pytest.raises(OptionError, match="the downloaded file has the checksum"):
         get(storage)
-    assert sorted(each.name for each in file.parent.iterdir() if each.suffix != ".etag") == [file.name + ".sha256"]
+    assert sorted(each.name for each in file.parent.iterdir()) == [file.name + ".sha256"]
 
 
 @pytest.mark.parametrize("refusal", [401, 403, 404, 409])
@@ -239,7 +239,7 @@ def test_the_token_opens_the_storage_and_is_never_shown(
 
 
 def test_an_unknown_model_is_told_with_those_of_similar_names(storage: Storage) -> None:
-    with pytest.raises(OptionError, match="task.model: there is no published model 'swin_tiny_w7_rv'; did you mean swin_tiny_w7_vr"):
+    with pytest.raises(OptionError, match="task.model: there is no published model 'swin_tiny_w7_rv'; did you mean .*swin_tiny_w7_vr"):
         get(storage, "swin_tiny_w7_rv")
 
 
