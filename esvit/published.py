@@ -84,16 +84,16 @@ def read_networks(path: Path | str) -> SavedNetworks:
     if not networks:
         plain = next((content[name] for name in CONTAINERS if _is_state(content.get(name))), content)
         if not _is_state(plain):
-            entries = ", ".join(str(name) for name in list(content)[:6])
-            raise OptionError("checkpoint", f"'{path}' holds no weights in a form known here (but {entries or 'nothing'})", "give a checkpoint")
+            entries = ", ".join(str(name) for name in list(content)[:6]) or "nothing"
+            raise OptionError("checkpoint", f"'{path}' holds no weights in a form known here (but {entries})", "give a checkpoint")
         networks = {"teacher": split(plain)}
     first = next(iter(networks.values()))
-    centers = content["dino_loss"] if _is_state(content.get("dino_loss")) else content.get("loss")
+    centers = content.get("dino_loss", content.get("loss"))
     return SavedNetworks(
         origin=_origin(content),
         student=networks.get("student", first),
         teacher=networks.get("teacher", first),
-        centers={CENTERS.get(name, name): value for name, value in centers.items()} if _is_state(centers) else {},
+        centers=_in_our_names(centers) if isinstance(centers, dict) else {},
         epoch=_completed_epochs(content),
     )
 
@@ -200,6 +200,10 @@ def _origin(content: dict[str, Any]) -> str:
 def _completed_epochs(content: dict[str, Any]) -> int | None:
     epoch = content["sampler"]["epoch"] if "sampler" in content else content.get("epoch")
     return epoch if isinstance(epoch, int) else None
+
+
+def _in_our_names(centers: dict[str, Any]) -> dict[str, Any]:
+    return {CENTERS.get(name, name): value for name, value in centers.items()}
 
 
 def _is_state(value: Any) -> bool:

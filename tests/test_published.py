@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,6 @@ from tests.golden.test_training import original_name
 M = TypeVar("M", bound=nn.Module)
 
 PROTOTYPES = 12
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def swin(**changes) -> Swin:
@@ -47,10 +47,9 @@ def vit(**changes) -> ViT:
 
 def vil(**changes) -> Vil:
     options: dict[str, Any] = {"image_size": 32, "window_sizes": [4, 4], "absolute_positions": [False, False]}
-    return Vil(
-        **({"in_channels": 3, "patch_sizes": [4, 2], "dims": [8, 16], "depths": [1, 1], "heads": [2, 2], "sliding": [True, False]} | options | changes),
-        global_tokens=[1, 0], neighbours="all", all_neighbours_from=1.0, reach="chunks", mlp_ratio=2.0, drop_path_rate=0.0,
-    )  # fmt: skip
+    stages: dict[str, Any] = {"dims": [8, 16], "depths": [1, 1], "heads": [2, 2], "global_tokens": [1, 0], "sliding": [True, False]}
+    fixed: dict[str, Any] = {"in_channels": 3, "neighbours": "all", "all_neighbours_from": 1.0, "reach": "chunks", "drop_path_rate": 0.0}
+    return Vil(patch_sizes=[4, 2], mlp_ratio=2.0, **stages, **fixed, **(options | changes))
 
 
 def with_heads(backbone: Backbone, *, regions: bool = True) -> MultiCropNetwork:
@@ -78,17 +77,19 @@ def original_content(student: MultiCropNetwork, teacher: MultiCropNetwork, loss:
     """What the original's main_esvit.py saves; a torchvision network is `wrapped`, and a teacher with batch norm has `module.` too."""
 
     def renamed(network: MultiCropNetwork, prefix: str) -> dict[str, Tensor]:
-        inner = "backbone.backbone." if wrapped else ""
-        return {
-            prefix + (inner if name.startswith("backbone.") else "") + original_name(name): value for name, value in network.state_dict().items()
-        }
+        state = network.state_dict()
+        inner = {name: "backbone.backbone." if wrapped and name.startswith("backbone.") else "" for name in state}
+        return {prefix + inner[name] + original_name(name): value for name, value in state.items()}
+
+    of_numpy = {"lr": np.float64(0.25), "weight_decay": np.float64(0.5)}
+    options = {"arch": "swin_tiny", "cfg": "experiments/some.yaml", "lr": 0.0005, "local_crops_number": (8,), "opts": [], "sampler": None}
 
     return {
         "student": renamed(student, "module."),
         "teacher": renamed(teacher, "module." if wrapped else ""),
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": np.float64(0.25), "weight_decay": np.float64(0.5)}]},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [of_numpy]},
         "epoch": 200,
-        "args": argparse.Namespace(arch="swin_tiny", cfg="experiments/some.yaml", lr=0.0005, local_crops_number=(8,), opts=[], pretrained=None),
+        "args": argparse.Namespace(**options),
         "dino_loss": {name.replace("center_region", "center_grid"): value for name, value in loss.state_dict().items()},
         "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0},
     }
@@ -139,8 +140,8 @@ def test_numbers_of_the_originals_optimizer_are_read_without_numpy(tmp_path):
 
 def test_our_own_checkpoint_and_a_single_network_are_read_too(tmp_path):
     student, teacher, loss = with_heads(swin()), with_heads(swin()), scrambled(centers())
-    content = {"student": student.state_dict(), "teacher": teacher.state_dict(), "loss": loss.state_dict(), "step": 8, "sampler": {"epoch": 2}}
-    path = saved(tmp_path, content)
+    networks = {"student": student.state_dict(), "teacher": teacher.state_dict(), "loss": loss.state_dict()}
+    path = saved(tmp_path, networks | {"step": 8, "sampler": {"epoch": 2}})
     for ours, theirs in zip(load(path), (student, teacher, loss), strict=True):
         assert_same_state(ours, theirs)
     assert read_networks(path).epoch == 2
@@ -156,7 +157,7 @@ def test_our_own_checkpoint_and_a_single_network_are_read_too(tmp_path):
 def test_tied_projections_are_taken_once_and_untied_ones_refused(tmp_path):
     network = scrambled(vil())
     state = network.state_dict()
-    second_names = {name: name.replace("query.", "query_global.").replace("kv.", "kv_global.") for name in state if ".query." in name or ".kv." in name}
+    second_names = {name: re.sub(r"\.(query|kv)\.", r".\1_global.", name) for name in state if ".query." in name or ".kv." in name}
     assert second_names
     tied = state | {second: state[name].clone() for name, second in second_names.items()}
     loaded = vil()
@@ -170,8 +171,8 @@ def test_tied_projections_are_taken_once_and_untied_ones_refused(tmp_path):
 # ------------------------------------------------------------------------------------------- plain weights of other programs
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
-TIMM_SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 5}
-TORCHVISION_SWIN = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4], "num_classes": 5}
+NORM = partial(nn.LayerNorm, eps=1e-6)  # theirs is 1e-5
+SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "num_classes": 5, "norm_layer": NORM}
 
 
 def pooled_before_classifier(network: nn.Module, classifier: str) -> Tensor:
@@ -184,11 +185,11 @@ def pooled_before_classifier(network: nn.Module, classifier: str) -> Tensor:
 
 
 def timm_swin() -> nn.Module:
-    return timm.models.swin_transformer.SwinTransformer(**TIMM_SWIN, norm_layer=LayerNorm)
+    return timm.models.swin_transformer.SwinTransformer(img_size=32, patch_size=4, window_size=4, **SWIN)
 
 
 def torchvision_swin() -> nn.Module:
-    return torchvision.models.swin_transformer.SwinTransformer(**TORCHVISION_SWIN, stochastic_depth_prob=0.0, norm_layer=LayerNorm)
+    return torchvision.models.swin_transformer.SwinTransformer(patch_size=[4, 4], window_size=[4, 4], stochastic_depth_prob=0.0, **SWIN)
 
 
 def timm_vit() -> nn.Module:
@@ -202,7 +203,8 @@ def torchvision_vit() -> nn.Module:
 
 
 def timm_resnet() -> nn.Module:
-    return timm.models.resnet.ResNet(block=timm.models.resnet.Bottleneck, layers=(1, 1, 1, 1), num_classes=5)
+    bottleneck: Any = timm.models.resnet.Bottleneck
+    return timm.models.resnet.ResNet(block=bottleneck, layers=(1, 1, 1, 1), num_classes=5)
 
 
 def torchvision_resnet() -> nn.Module:
@@ -213,14 +215,16 @@ def timm_by_name() -> nn.Module:
     return timm.create_model("convnext_atto", num_classes=5)
 
 
+resnet = partial(ResNet, in_channels=3, depths=[1, 1, 1, 1])
+convnext = partial(Timm, name="convnext_atto", pretrained=False, in_channels=3, image_size=None, drop_path_rate=0.0)
 OTHERS: dict[str, tuple] = {
     "timm Swin": (timm_swin, "head.fc", swin),
     "torchvision Swin": (torchvision_swin, "head", swin),
     "timm ViT": (timm_vit, "head", vit),
     "torchvision ViT": (torchvision_vit, "heads.head", vit),
-    "timm ResNet": (timm_resnet, "fc", partial(ResNet, in_channels=3, depths=[1, 1, 1, 1])),
-    "torchvision ResNet": (torchvision_resnet, "fc", partial(ResNet, in_channels=3, depths=[1, 1, 1, 1])),
-    "timm": (timm_by_name, "head.fc", partial(Timm, name="convnext_atto", pretrained=False, in_channels=3, image_size=None, drop_path_rate=0.0)),
+    "timm ResNet": (timm_resnet, "fc", resnet),
+    "torchvision ResNet": (torchvision_resnet, "fc", resnet),
+    "timm": (timm_by_name, "head.fc", convnext),
 }
 
 
@@ -254,7 +258,8 @@ def test_official_swin_has_masks_indices_and_a_classifier_under_model(tmp_path):
 
 def test_dinos_checkpoint_wraps_the_backbone_once(tmp_path):
     network = with_heads(vit(), regions=False)
-    renamed = {name.replace("view_head.", "head.").replace("view_prototypes.", "head.last_layer."): value for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    renamed = {name.replace("view_head.", "head.").replace("view_prototypes.", "head.last_layer."): value for name, value in state.items()}
     content = {
         "student": {f"module.{name}": value for name, value in renamed.items()},
         "teacher": renamed,
@@ -359,7 +364,7 @@ def test_nothing_but_the_originals_classes_is_let_through_and_only_while_reading
     before = set(torch.serialization.get_safe_globals())
     load_checkpoint_file(saved(tmp_path, {"args": argparse.Namespace(lr=1)}))
     assert set(torch.serialization.get_safe_globals()) == before
-    for stranger in (Path("x"), argparse.ArgumentParser(), np.zeros(3)):
+    for stranger in (Path("x"), argparse.Action([], "x"), np.zeros(3)):
         with pytest.raises(OptionError, match="could run any code"):
             load_checkpoint_file(saved(tmp_path, {"stranger": stranger}))
 
@@ -369,7 +374,6 @@ def test_nothing_but_the_originals_classes_is_let_through_and_only_while_reading
 
 def test_a_fresh_region_head_stays_as_it_was_and_all_else_comes_from_the_file(view_file):
     torch.manual_seed(1)
-    before = {}
     student, teacher, loss = with_heads(swin()), with_heads(swin()), centers()
     teacher.load_state_dict(student.state_dict())
     before = {name: value.clone() for name, value in student.state_dict().items()}
@@ -383,7 +387,7 @@ def test_a_fresh_region_head_stays_as_it_was_and_all_else_comes_from_the_file(vi
                 kept = weights.backbone[name.removeprefix("backbone.")] if name.startswith("backbone.") else weights.heads[name]
                 assert torch.equal(value, kept)
     assert torch.equal(loss.center, networks.centers["center"])
-    assert loss.center_region.count_nonzero() == 0
+    assert not loss.state_dict()["center_region"].any()
 
 
 def test_all_heads_fresh_takes_backbones_only(region_file, tmp_path):
@@ -399,9 +403,10 @@ def test_all_heads_fresh_takes_backbones_only(region_file, tmp_path):
     assert_same_state(student, teacher)
 
 
-RESIZED = {
-    "windows of Swin": (partial(swin, window_size=4), partial(swin, window_size=8), "layers.0.blocks.0.attn.relative_position_bias_table"),
-    "image size of Swin": (partial(swin, window_size=8), partial(swin, window_size=8, image_size=16), "layers.1.blocks.0.attn.relative_position_bias_table"),
+wide_swin = partial(swin, window_size=8)
+RESIZED: dict[str, tuple] = {
+    "windows of Swin": (swin, wide_swin, "layers.0.blocks.0.attn.relative_position_bias_table"),
+    "image size of Swin": (wide_swin, partial(wide_swin, image_size=16), "layers.1.blocks.0.attn.relative_position_bias_table"),
     "image size of ViT": (vit, partial(vit, image_size=64), "pos_embed"),
     "chunks of ViL": (vil, partial(vil, window_sizes=[2, 2]), "layer1.1.attn.local_relative_position_bias_table"),
     "image size of ViL": (
@@ -415,7 +420,7 @@ def test_tables_of_positions_are_resized_when_asked_and_only_then(tmp_path, chan
     build, build_other, table = RESIZED[change]
     network = scrambled(build())
     path = saved(tmp_path, network.state_dict())
-    with pytest.raises(OptionError, match=r"of another shape .*, or resize_positions=true to resize the \d+ tables of positions among them"):
+    with pytest.raises(OptionError, match=r"of another shape .*, or resize_positions=true to resize the \d+ tables of positions"):
         load_backbone(build_other(), path, which="teacher", resize_positions=False)
     other = build_other()
     load_backbone(other, path, which="teacher", resize_positions=True)
@@ -429,16 +434,16 @@ def test_tables_of_positions_are_resized_when_asked_and_only_then(tmp_path, chan
 
 
 def test_a_bias_that_rises_evenly_is_resized_to_one_that_rises_evenly():
-    """Seen from the outside: the middle keeps its value, and rows run with rows."""
+    """Rows run with rows, columns with columns, and opposite offsets stay opposite."""
     offsets = torch.arange(7.0) - 3
     table = (10 * offsets[:, None] + offsets[None, :]).flatten().unsqueeze(1)  # y counts ten times x
     resized = swin().resize_positions("a.relative_position_bias_table", table, torch.Size([13 * 13, 1]))
     assert resized is not None
     grid = resized.view(13, 13)
-    torch.testing.assert_close(grid[6, 6], torch.tensor(0.0), rtol=0, atol=1e-4)
-    steps = grid[3:10, 3:10].diff(dim=1)
-    torch.testing.assert_close(steps, torch.full_like(steps, 7 / 13), rtol=0, atol=1e-3)
-    torch.testing.assert_close(grid[3:10, 3:10].diff(dim=0), 10 * steps.T, rtol=0, atol=1e-2)
+    torch.testing.assert_close(grid, -grid.flip(0, 1), rtol=0, atol=1e-4)
+    down, right = grid.diff(dim=0), grid.diff(dim=1)
+    assert (right > 0).all() and (down > 0).all()
+    torch.testing.assert_close(down.T, 10 * right, rtol=1e-3, atol=0)
 
 
 def test_tables_of_other_heads_are_not_resized():

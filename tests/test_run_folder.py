@@ -73,7 +73,9 @@ def test_what_does_not_change_the_computation_may_change(folder, changes):
 
 
 def test_all_other_changes_are_refused_by_name_with_both_values(folder):
-    message = refusal(folder, {"seed": 1, "data": {"root": "/other", "batch_size": 4, "new": 3}, "runtime": {"threads": 2, "deterministic": True}})
+    message = refusal(
+        folder, {"seed": 1, "data": {"root": "/other", "batch_size": 4, "new": 3}, "runtime": {"threads": 2, "deterministic": True}}
+    )
     for described in ("seed (0 -> 1)", "data.root (/images -> /other)", "data.new (None -> 3)", "runtime.deterministic (None -> True)"):
         assert described in message
     assert "batch_size" not in message and "threads" not in message

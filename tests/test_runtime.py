@@ -107,7 +107,8 @@ def test_precision_is_the_type_of_matrix_products(precision, expected):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(None, "FINISHED"), (Interrupted(15, 3), "KILLED"), (OptionError("a", "b", "c"), "FAILED"), (KeyboardInterrupt(), "FAILED")]
+    ("error", "status"),
+    [(None, "FINISHED"), (Interrupted(15, 3), "KILLED"), (OptionError("a", "b", "c"), "FAILED"), (KeyboardInterrupt(), "FAILED")],
 )
 def test_the_tracker_learns_how_the_run_ended(error, status, tmp_path):
     tracker = _Tracker()

@@ -51,5 +51,5 @@ class Root:
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
     checkpoint: str | None = None  # a checkpoint file to start from, ours or a published one; the run's own checkpoint comes first
     start_epoch: int = 0  # with `checkpoint`: the epoch (from 0) at which schedules and data order begin
-    fresh_heads: FreshHeads = FreshHeads.none  # what of `checkpoint` is not used and begins anew: none, region (head, prototypes, centre) or all heads
+    fresh_heads: FreshHeads = FreshHeads.none  # heads (with prototypes and centre) not from `checkpoint` but anew: none, region or all
     resize_positions: bool = False  # resize tables of positions (bicubic) from `checkpoint` made with other windows or another image size

@@ -1,15 +1,14 @@
 """Random changes of an image's colours and sharpness, on PIL images, drawn from the generator that is handed in.
 
-Pillow's rounding and blur are what the published models were trained with, so Pillow does the work. Each operation draws its random
-numbers only when it is applied.
+Pillow's rounding and blur are what the published models were trained with, so Pillow does the work; a test holds every change to
+torchvision's, which itself would take seconds to import. Each operation draws its random numbers only when it is applied.
 """
 
 import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import functional
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 SOLARIZE_THRESHOLD = 128  # values from here on are inverted, as published
 
@@ -26,22 +25,35 @@ def color_jitter(
     changes: list[Callable[[Image.Image], Image.Image]] = []
     if brightness:
         factor_b = rng.uniform(max(0.0, 1 - brightness), 1 + brightness)
-        changes.append(lambda picture: functional.adjust_brightness(picture, factor_b))
+        changes.append(lambda picture: ImageEnhance.Brightness(picture).enhance(factor_b))
     if contrast:
         factor_c = rng.uniform(max(0.0, 1 - contrast), 1 + contrast)
-        changes.append(lambda picture: functional.adjust_contrast(picture, factor_c))
+        changes.append(lambda picture: ImageEnhance.Contrast(picture).enhance(factor_c))
     if saturation:
         factor_s = rng.uniform(max(0.0, 1 - saturation), 1 + saturation)
-        changes.append(lambda picture: functional.adjust_saturation(picture, factor_s))
+        changes.append(lambda picture: ImageEnhance.Color(picture).enhance(factor_s))
     if hue:
         shift = rng.uniform(-hue, hue)
-        changes.append(lambda picture: functional.adjust_hue(picture, shift))
+        changes.append(lambda picture: shift_hue(picture, shift))
     if gamma:
         exponent = math.exp(rng.uniform(-1, 1) * math.log1p(gamma))
-        changes.append(lambda picture: functional.adjust_gamma(picture, exponent))
+        changes.append(lambda picture: adjust_gamma(picture, exponent))
     for change in rng.permutation(len(changes)):
         image = changes[change](image)
     return image
+
+
+def shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Every hue moved by `shift` of the colour circle, in steps of 1 / 255."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue) + np.array(int(shift * 255)).astype(np.uint8)  # wraps around
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+def adjust_gamma(image: Image.Image, exponent: float) -> Image.Image:
+    """Values, as shares of white, to the power of `exponent`."""
+    table = [int((256 - 1e-3) * (level / 255) ** exponent) for level in range(256)]
+    return image.point(table * 3)
 
 
 def grayscale(image: Image.Image) -> Image.Image:

@@ -12,17 +12,19 @@ from esvit.errors import OptionError
 
 @dataclass(frozen=True)
 class Layout:
-    """weights  by the library's names
-    names    ours -> the library's, several where one weight becomes several
-    config   what the library must be told, as plain data. timm: model, norm_eps (or None for its own), arguments of create_model.
-             hf: its config.json. mmdet, detectron2: nothing
-    note     what its user has to know, one sentence or more
+    """weights      by the library's names
+    names        ours -> the library's, several where one weight becomes several
+    config       what the library must be told, as plain data. timm: model, norm_eps (or None for its own), arguments of create_model.
+                 hf: its config.json. mmdet, detectron2: nothing
+    note         what its user has to know, one sentence or more
+    has_regions  whether the cells of the library's last map are our regions
     """
 
     weights: dict[str, Tensor]
     names: dict[str, list[str]]
     config: dict[str, Any]
     note: str
+    has_regions: bool = True
 
 
 def layout_of(backbone: Backbone, *, library: str, image_size: int) -> Layout:

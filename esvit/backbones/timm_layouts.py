@@ -36,8 +36,9 @@ def of_timm(backbone: Timm, image_size: int) -> Layout:
     arguments = {"img_size": backbone.nominal_side} if backbone.model.pretrained_cfg["fixed_input_size"] else {}
     weights = {name.removeprefix("model."): weight for name, weight in backbone.state_dict().items()}
     names = {name: [name.removeprefix("model.")] for name in backbone.state_dict()}
-    note = "It was timm's network all along."
-    return Layout(weights=weights, names=names, config={"model": backbone.name, "norm_eps": None, "arguments": arguments}, note=note)
+    config = {"model": backbone.name, "norm_eps": None, "arguments": arguments}
+    note = "It was timm's network all along; our regions have passed its head one by one, its forward_features have not."
+    return Layout(weights=weights, names=names, config=config, note=note, has_regions=False)
 
 
 def _same_names(backbone: nn.Module, model: str, arguments: dict, note: str) -> Layout:

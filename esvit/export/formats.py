@@ -22,7 +22,7 @@ from esvit.backbones.base import Backbone
 from esvit.backbones.layouts import Layout, layout_of
 from esvit.errors import OptionError
 
-Outputs = tuple[Tensor, Tensor]  # pooled (B, D), regions (B, N, D)
+Outputs = tuple[Tensor, Tensor | None]  # pooled (B, D); regions (B, N, D), or None where the library's are something else
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _onnx(backbone: Backbone, example: Input, folder: Path) -> Export:
     batch = {"images": {0: torch.export.Dim("batch")}}
     with redirect_stdout(StringIO()):  # it tells its progress in emoji
         torch.onnx.export(
-            _Program(backbone),
+            _Program(backbone).eval(),
             (example.images,),
             file,
             input_names=["images"],
@@ -121,7 +121,7 @@ def _onnx(backbone: Backbone, example: Input, folder: Path) -> Export:
 
 def _torch_export(backbone: Backbone, example: Input, folder: Path) -> Export:
     file = folder / "model.pt2"
-    program = torch.export.export(_Program(backbone), (example.images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(_Program(backbone).eval(), (example.images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     torch.export.save(program, file)
 
     def outputs(images: Tensor) -> Outputs:
@@ -146,7 +146,8 @@ def _timm(backbone: Backbone, example: Input, folder: Path) -> Export:
     def outputs(images: Tensor) -> Outputs:
         network: Any = timm.create_model(model, num_classes=0, checkpoint_path=str(file), **arguments, **norm).eval()
         final = network.forward_features(images)
-        return network.forward_head(final, pre_logits=True), _regions_of_timm(network, final, backbone.dim)
+        regions = _regions_of_timm(network, final) if layout.has_regions else None
+        return network.forward_head(final, pre_logits=True), regions
 
     spelt = "".join(f", {name}={value}" for name, value in arguments.items())
     norm_argument = "" if eps is None else f", norm_layer=partial(nn.LayerNorm, eps={eps})"
@@ -234,7 +235,8 @@ class _Program(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, S, S) -> pooled (B, D), regions (B, N, D)."""
         features = self.backbone(images)
         return features.pooled, features.regions
 
@@ -258,7 +260,7 @@ def _with_weights(backbone: Backbone, load: Callable[[], dict[str, Tensor]]) -> 
     return outputs
 
 
-def _regions_of_timm(network: Any, final: Tensor, dim: int) -> Tensor:
+def _regions_of_timm(network: Any, final: Tensor) -> Tensor:
     """timm's final features in any of its layouts -> (B, N, D)."""
     if final.dim() == 3:
         return final[:, getattr(network, "num_prefix_tokens", 0) :]

@@ -8,6 +8,7 @@ Letters: B images, V crops.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -155,7 +156,9 @@ def _over_ranks(network: MultiCropNetwork, runtime: Runtime) -> nn.Module:
         return network
     device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     # Batch norm's running statistics are not broadcast: they are synchronised on CUDA, and never used in training.
-    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _mean(terms: list[LossTerms]) -> LossTerms:

@@ -100,8 +100,9 @@ class Export:
         with torch.no_grad():
             here = self.backbone(three)
             pooled, regions = exported.outputs(three)
-        difference = max(float((pooled - here.pooled).abs().max()), float((regions - here.regions).abs().max()))
-        largest = max(1.0, float(here.regions.abs().max()), float(here.pooled.abs().max()))
+        pairs = [(pooled, here.pooled)] if regions is None else [(pooled, here.pooled), (regions, here.regions)]
+        difference = max(float((theirs - ours).abs().max()) for theirs, ours in pairs)
+        largest = max(1.0, *(float(ours.abs().max()) for _, ours in pairs))
         if not difference <= TOLERANCE * largest:
             found = f"'{self.format}' at {self.image_size} pixels gives features that differ by {difference:.2g}"
             raise OptionError("task.format", found, "use backbone or safetensors; please report this")

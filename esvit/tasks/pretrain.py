@@ -112,7 +112,8 @@ class Pretrain:
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
         if self.start_epoch >= self.epochs:
-            raise OptionError("start_epoch", f"{self.start_epoch} is not before the end of epochs={self.epochs}", "use a smaller one, or more epochs")
+            found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
+            raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
 
 
 class NonFiniteLoss(OptionError):
@@ -145,7 +146,8 @@ class _Run:
         self.stop = min(self.schedules.total_steps, task.max_steps or self.schedules.total_steps)
         self.first_step = task.start_epoch * self.loader.steps_per_epoch
         if self.stop <= self.first_step:
-            raise OptionError("max_steps", f"{self.stop}, but start_epoch={task.start_epoch} begins after {self.first_step}", "use a larger one")
+            found = f"{self.stop}, but start_epoch={task.start_epoch} begins after {self.first_step}"
+            raise OptionError("max_steps", found, "use a larger one")
         self.labelled: LabelledSplit | None = task.online_knn.open(task.data, self.images)
         self._check_crop_sizes()
         network = task.head.attach(task.backbone, regions=task.loss.needs_regions).to(runtime.device)

@@ -73,7 +73,11 @@ class ForkServer:
 
     def __post_init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
         assert json.loads(self._pipe(self._server.stdout).readline()) == "ready"
 
@@ -139,7 +143,10 @@ def log(folder: Path) -> list[dict]:
 
 def losses(folder: Path) -> list[dict]:
     """What the log says of the training itself, without times and loads."""
-    return [{key: value for key, value in record.items() if not key.startswith(("time", "speed/", "memory/", "system/"))} for record in log(folder)]
+    return [
+        {key: value for key, value in record.items() if not key.startswith(("time", "speed/", "memory/", "system/"))}
+        for record in log(folder)
+    ]
 
 
 def checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict:

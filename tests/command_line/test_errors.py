@@ -7,6 +7,8 @@ import pytest
 
 from tests.command_line.commands import ROOT, Outcome, environment
 
+pytestmark = pytest.mark.xdist_group("command line one")  # shares a server and runs
+
 
 def told(outcome: Outcome) -> str:
     """The one line, without its "error: "."""
@@ -115,7 +117,7 @@ LIGHT = """
 import sys
 sys.path.insert(0, {root!r})
 import run
-for arguments in (["--help"], ["backbone.wdith=3"], ["backbone=resnet51"]):
+for arguments in (["--help"], ["head.hiden_dim=3"], ["backbone=resnet51"]):
     sys.argv = ["run.py", *arguments]
     try:
         run.main()
@@ -131,7 +133,7 @@ def test_help_and_mistyped_keys_import_no_torch(tmp_path):
     ended = subprocess.run([sys.executable, "light.py"], cwd=tmp_path, capture_output=True, text=True, env=environment())
     *printed, wrong_key, wrong_choice, imported = ended.stdout.splitlines()
     assert ended.stderr == ""
-    assert wrong_key.startswith("error: backbone.wdith: no such option")
+    assert wrong_key.startswith("error: head.hiden_dim: no such option")
     assert wrong_choice.startswith("error: backbone: there is no 'resnet51'")
     assert imported == "['hydra']"
     shown = "\n".join(printed)

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line.commands import PATIENCE_SECONDS, ROOT, assert_same_training, checkpoint, environment, log, losses, succeeded, wait_until
+from tests.command_line.commands import (
+    PATIENCE_SECONDS,
+    ROOT,
+    assert_same_training,
+    checkpoint,
+    environment,
+    log,
+    losses,
+    succeeded,
+    wait_until,
+)
+
+pytestmark = pytest.mark.xdist_group("command line two")  # shares a server and runs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(ROOT / "run.py")]
 
@@ -31,7 +43,13 @@ def ranks_of(folder: Path) -> list[int]:
 def torchrun(*arguments: str, folder: Path) -> str:
     """What it printed."""
     started = subprocess.Popen(
-        [*TORCHRUN, *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*TORCHRUN, *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = started.communicate(timeout=PATIENCE_SECONDS)

@@ -9,6 +9,8 @@ import torch
 
 from tests.command_line.commands import assert_same_training, checkpoint, differences, log, losses, succeeded
 
+pytestmark = pytest.mark.xdist_group("command line one")  # shares a server and runs
+
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -21,7 +23,17 @@ def copied(reference, tmp_path) -> Path:
 
 
 def test_a_run_leaves_the_files_of_the_contract(reference):
-    assert {"config.yaml", "metrics.json", "log.jsonl", "checkpoint.pt", "checkpoint_3.pt", "checkpoint_6.pt", "checkpoint_8.pt", "report.html", "crops.png"} <= set(files(reference))
+    assert {
+        "config.yaml",
+        "metrics.json",
+        "log.jsonl",
+        "checkpoint.pt",
+        "checkpoint_3.pt",
+        "checkpoint_6.pt",
+        "checkpoint_8.pt",
+        "report.html",
+        "crops.png",
+    } <= set(files(reference))
     assert not list(reference.glob(".*.tmp"))
     config = (reference / "config.yaml").read_text()
     assert "_target_" not in config and "${" not in config
@@ -116,8 +128,16 @@ def test_the_view_loss_alone_and_no_local_crops(commands, tiny, tmp_path):
 
 
 def test_online_knn_and_its_baselines_end_in_the_metrics(commands, tiny, images, tmp_path):
-    knn = ("task.online_knn.every_epochs=1", "task.online_knn.neighbours=3", "task.online_knn.resize=32", "task.online_knn.crop=32", "task.online_knn.baselines=true")
-    outcome = succeeded(commands.run(*tiny, *knn, f"data.val_root={images / 'val'}", "task.health_every=2", f"output_dir={tmp_path / 'run'}"))
+    knn = (
+        "task.online_knn.every_epochs=1",
+        "task.online_knn.neighbours=3",
+        "task.online_knn.resize=32",
+        "task.online_knn.crop=32",
+        "task.online_knn.baselines=true",
+    )
+    outcome = succeeded(
+        commands.run(*tiny, *knn, f"data.val_root={images / 'val'}", "task.health_every=2", f"output_dir={tmp_path / 'run'}")
+    )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     shares = [100 * correct / 6 for correct in range(7)]  # six validation images
     for name in ("knn/raw_pixels", "knn/color_histogram", "knn/untrained", "knn/teacher"):
@@ -154,7 +174,9 @@ def test_too_many_corrupt_images_end_the_run(commands, tiny, images, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_evidence(commands, tiny, tmp_path):
     """The log is read every 4 steps only, so that three steps at least had to be masked; the checkpoint of step 3 comes before it."""
     run = tmp_path / "run"
-    outcome = commands.run(*tiny, "optimizer.learning_rate=1e30", "optimizer.clip=none", "task.log_every=4", "checkpoint_every=1", f"output_dir={run}")
+    outcome = commands.run(
+        *tiny, "optimizer.learning_rate=1e30", "optimizer.clip=none", "task.log_every=4", "checkpoint_every=1", f"output_dir={run}"
+    )
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: optimizer.learning_rate: loss or gradient was not finite in step ")
@@ -173,7 +195,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_evidence(commands,
     crops = torch.load(report.with_suffix(".pt"), weights_only=True)
     assert [[tuple(crop.shape) for crop in batch] for batch in crops] == [[(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2]
     assert all(crop.dtype == torch.uint8 for crop in crops[0])
-    again = commands.run(*tiny, "optimizer.learning_rate=1e30", "optimizer.clip=none", "task.log_every=4", "checkpoint_every=1", f"output_dir={run}")
+    again = commands.run(
+        *tiny, "optimizer.learning_rate=1e30", "optimizer.clip=none", "task.log_every=4", "checkpoint_every=1", f"output_dir={run}"
+    )
     assert again.code == 1 and again.err == outcome.err  # the resumed run meets the same step and draws the same batch
     assert differences(torch.load(report.with_suffix(".pt"), weights_only=True), crops) == []
     assert json.loads(report.read_text()) == described

@@ -17,7 +17,7 @@ from esvit.backbones.base import Backbone
 from esvit.backbones.resnet import ResNet
 from esvit.losses.combined import ViewRegionLoss
 from esvit.networks import HeadOptions, MultiCropNetwork
-from esvit.published import load_backbone, load_networks, read_networks, split, SavedNetworks
+from esvit.published import SavedNetworks, load_backbone, load_networks, read_networks, split
 from tests.golden.cases import Goldens, assert_close, original_layout
 from tests.golden.test_backbones import PUBLISHED as SWIN
 from tests.golden.test_backbones import swin_without_values

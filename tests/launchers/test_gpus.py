@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def job(function: str, folder: Path) -> Job:
-    return Job(function=f"tests.launchers.jobs:{function}", config={"folder": str(folder), "number": 0.1}, folder=str(folder), root=str(ROOT))
+    return Job(
+        function=f"tests.launchers.jobs:{function}", config={"folder": str(folder), "number": 0.1}, folder=str(folder), root=str(ROOT)
+    )
 
 
 def told(folder: Path) -> list[dict]:

@@ -2,15 +2,20 @@
 
 import hashlib
 import http.server
-import json
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf, open_dict
 
+import conf.schema
 from esvit import zoo
 from esvit.download import fetch
 from esvit.errors import OptionError
@@ -18,6 +23,7 @@ from esvit.tasks.zoo import Zoo
 from tests.command_line.commands import ROOT, environment
 
 CONTENT = hashlib.shake_256(b"a checkpoint").digest(300_000)
+EXPERIMENTS = ROOT / "conf" / "experiment"
 PLACE = "/ckpts/esvit/swin/swin_tiny/bl_lr0.0005_gpu16_bs32_dense_multicrop_epoch300/checkpoint_best.pth"
 
 
@@ -262,7 +268,56 @@ def test_two_downloads_of_one_file_do_not_mix(storage: Storage, tmp_path: Path) 
             download(storage, tmp_path / "file")
 
 
-def test_the_data_names_the_models_as_their_experiment_files() -> None:
-    experiments = {path.stem for path in (ROOT / "conf" / "experiment" / "published").glob("*.yaml")}
-    names = [row["name"] for row in json.loads(zoo.DATA.read_text())["rows"]]
-    assert set(names) <= experiments
+@pytest.fixture(scope="module")
+def composed() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """The options of an experiment, and what was chosen of each group under "choices"."""
+
+    def options(experiment: str) -> dict[str, Any]:
+        config = compose("config", [f"experiment={experiment}", "data.root=images"], return_hydra_config=True)
+        choices = dict(config.hydra.runtime.choices)
+        with open_dict(config):
+            del config["hydra"]
+        plain = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+        assert isinstance(plain, dict)
+        return {"choices": choices} | {str(key): value for key, value in plain.items()}
+
+    conf.schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(EXPERIMENTS.parent), version_base="1.3"):
+        yield options
+
+
+@pytest.mark.parametrize("name", zoo.models())
+def test_every_model_has_an_experiment_that_does_what_its_path_says(name: str, composed: Callable[[str], dict[str, Any]]) -> None:
+    """The authors wrote learning rate, GPUs, batch and epochs, and from where a second phase went on, into their folders' names."""
+    model = zoo.models()[name]
+    options = composed(f"published/{name}")
+    path = model.files["checkpoint"]
+    said = re.search(r"lr(?P<lr>[\d.]+)_.*gpu(?P<gpus>\d+)_bs(?P<bs>\d+)_.*epoch(?P<epochs>\d+)", path)
+    assert said is not None
+    first_epoch = re.search(r"(?:continued_from_?(?:epoch)?|resume_from_ckpt)(\d+)", path)
+    assert options["name"] == name
+    assert options["choices"]["backbone"] == model.backbone
+    assert options["choices"]["loss"] == {"V": "view", "V+R": "view_region"}[model.tasks]
+    assert options["optimizer"]["learning_rate"] == float(said["lr"])
+    assert options["data"]["batch_size"] == int(said["bs"])
+    assert options["epochs"] == int(said["epochs"])
+    assert (options["start_epoch"], options["fresh_heads"]) == ((int(first_epoch[1]), "region") if first_epoch else (0, "none"))
+    assert options["head"]["norm_last_layer"] == path.endswith("norm_true/checkpoint_best.pth")
+    assert (options["precision"], options["optimizer"]["clip"], options["optimizer"]["clip_norm"]) == ("fp16", "parameter", 3.0)
+    schedule = options["schedule"]
+    assert (schedule["teacher_temperature_start"], schedule["teacher_temperature_end"]) == (0.04, 0.07)
+    assert (schedule["teacher_temperature_warmup_epochs"], schedule["warmup_epochs"]) == (30, 10)
+
+
+@pytest.mark.parametrize("name", zoo.models())
+def test_every_experiment_states_claim_command_hardware_and_accuracy(name: str) -> None:
+    model = zoo.models()[name]
+    head = (EXPERIMENTS / "published" / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert f"# Expect: linear {model.linear:.1f} %, k-NN {model.knn:.1f} %. Ours so far: not measured." in head
+    assert f"{model.architecture}, {model.parameters} parameters, {model.tasks}, {model.dataset}" in " ".join(head.replace("#", "").split())
+    assert f"experiment=published/{name}" in head and "# Hardware: " in head
+
+
+def test_the_short_name_is_the_same_experiment(composed: Callable[[str], dict[str, Any]]) -> None:
+    assert composed("swin_tiny_w7_vr") | {"choices": 0} == composed("published/swin_tiny_w7_vr") | {"choices": 0}
