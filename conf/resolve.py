@@ -86,10 +86,14 @@ def remedy_for_unknown(name: str, known: list[str]) -> str:
     return f"there are {', '.join(sorted(known))}" if known else "this choice has no options; see python run.py --help"
 
 
+def _names(schema: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema)}
+
+
 def _choices_that_know(name: str) -> list[str]:
     """Other choices of the group, e.g. "launcher=gpus" for launcher.processes."""
     group, _, option = name.partition(".")
     schemas = {**models.SCHEMAS, **inputs.SCHEMAS, **training.SCHEMAS, **running.SCHEMAS, **tasks.SCHEMAS}
-    owners = [schema for (each, schema), node in schemas.items() if each == group and option in {field.name for field in dataclasses.fields(node)}]
+    owners = [schema for (each, schema), node in schemas.items() if each == group and option in _names(node)]
     presets = {file.stem: file.read_text() for file in sorted((_CONF / group).glob("*.yaml"))}
     return [f"{group}={preset}" for preset, text in presets.items() if any(f"/schema/{group}/{owner}@" in text for owner in owners)]

@@ -1,4 +1,4 @@
-"""Fetches one large file over connections that break: goes on where it stopped, and notices when a file is not what it was. Imports no torch.
+"""Fetches one large file over connections that break: goes on where it stopped, notices a file that is not what it was. Imports no torch.
 
 Next to FILE while it comes: FILE.part, and FILE.part.etag (which version of the file the server was sending). Next to it ever after:
 FILE.sha256, in the format of `sha256sum`, written when the file was first used.
@@ -30,7 +30,7 @@ WANT_A_TOKEN = (401, 403, 404, 409)  # 404: some storages hide what one may not 
 
 
 def fetch(url: str, path: Path, *, token: str | None, option: str, token_option: str, pause_seconds: float = 2.0) -> Path:
-    """The file at `url` as `path`: the one already there, or else downloaded. Its checksum is recorded the first time and compared from then on.
+    """The file at `url` as `path`: the one already there, or else downloaded. Its checksum is recorded once and compared from then on.
 
     token          query string that grants access, such as "sv=...&sig=..."; never printed
     option         what the user chose the file by, for errors
@@ -80,7 +80,7 @@ def _part_of(path: Path, option: str) -> Iterator[FileIO]:
     """The file that the download grows in, locked against a second process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(path.with_name(path.name + ".part"), "ab", buffering=0)
+        opened = FileIO(path.with_name(path.name + ".part"), "ab")
     except OSError as error:
         raise _unwritable(path, error) from None
     with opened as part:
@@ -184,7 +184,7 @@ def _write(part: FileIO, chunk: bytes) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> OptionError:
-    return OptionError("ESVIT_HOME", f"cannot write '{path}' ({error.strerror})", "name a folder with room for it in this environment variable")
+    return OptionError("ESVIT_HOME", f"cannot write '{path}' ({error.strerror})", "name a folder with room in this environment variable")
 
 
 def _refused(refusal: urllib.error.HTTPError, url: str, path: Path, option: str, token_option: str) -> OptionError:

@@ -28,7 +28,7 @@ from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions, MultiCropNetwork
 from esvit.published import load_backbone, load_networks, read_networks
-from tests.golden.test_training import original_name
+from tests.golden.steps import original_name
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,7 +11,8 @@ from esvit.run_folder import RunFolder, flatten, write_atomically
 
 CONFIG = {
     "epochs": 10, "max_steps": None, "seed": 0, "device": "cpu", "output_dir": "/a", "name": "a", "checkpoint": None,
-    "tracking": {"uri": "sqlite:///a.db"}, "launcher": {}, "runtime": {"threads": 2, "deterministic": None}, "data": {"root": "/images", "batch_size": 4},
+    "tracking": {"uri": "sqlite:///a.db"}, "launcher": {}, "runtime": {"threads": 2, "deterministic": None},
+    "data": {"root": "/images", "batch_size": 4},
 }  # fmt: skip
 
 

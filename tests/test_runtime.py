@@ -26,7 +26,7 @@ def torch_as_it_was():
 
 
 def runtime(**options) -> Runtime:
-    defaults = {"device": "cpu", "precision": "fp32", "seed": 3, "deterministic": None, "threads": 1, "timeout_minutes": 1.0}
+    defaults: dict = {"device": "cpu", "precision": "fp32", "seed": 3, "deterministic": None, "threads": 1, "timeout_minutes": 1.0}
     return Runtime(**(defaults | options))
 
 
@@ -120,7 +120,7 @@ def test_the_tracker_learns_how_the_run_ended(error, status, tmp_path):
                 assert (tmp_path / "run" / "config.yaml").exists()
                 if error is not None:
                     raise error
-        except type(error) as raised:  # type: ignore[misc]
+        except type(error) as raised:
             assert raised is error
     assert tracker.status == status
 
@@ -148,7 +148,7 @@ def _vote(rank: int, port: int, answers: "multiprocessing.Queue") -> None:
     """Rank 1 is told to stop in step 3."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with runtime() as one:
-        heard = []
+        heard: list[int] = []
         while not heard or not heard[-1]:
             if rank == 1 and len(heard) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -25,7 +25,16 @@ STREAM_SCALE = sqrt(THEIR_EPS / OUR_EPS)
 _INTO_STREAM = re.compile(r"^patch_embed\.|\.attn\.proj\.|\.mlp\.fc2\.|\.downsample\.reduction\.")
 
 TIMM_MODELS: dict[str, dict[str, Any]] = {
-    name: {"img_size": 224, "patch_size": 4, "in_chans": 3, "embed_dim": dim, "depths": depths, "num_heads": heads, "window_size": 7, "mlp_ratio": 4.0}
+    name: {
+        "img_size": 224,
+        "patch_size": 4,
+        "in_chans": 3,
+        "embed_dim": dim,
+        "depths": depths,
+        "num_heads": heads,
+        "window_size": 7,
+        "mlp_ratio": 4.0,
+    }
     for name, dim, depths, heads in (
         ("swin_tiny_patch4_window7_224", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
         ("swin_small_patch4_window7_224", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
@@ -86,8 +95,8 @@ def to_huggingface(backbone: Swin, image_size: int) -> Layout:
         "layer_norm_eps": THEIR_EPS,
     }
     note = (
-        "Weights that write into the residual stream are multiplied by sqrt(10), because SwinModel's LayerNorms add 1e-5 to the variance where ours "
-        "add 1e-6; last_hidden_state and pooler_output stay the same, earlier hidden states are sqrt(10) times ours."
+        "Weights that write into the residual stream are multiplied by sqrt(10), because SwinModel's LayerNorms add 1e-5 to the variance "
+        "where ours add 1e-6; last_hidden_state and pooler_output stay the same, earlier hidden states are sqrt(10) times ours."
     )
     return Layout(weights=weights, names=names, config=config, note=note)
 
@@ -101,8 +110,8 @@ def to_mmdet(backbone: Swin, image_size: int) -> Layout:
         names[name] = [_renamed(name, _MMDET).replace("norm.", f"norm{last}.") if name.startswith("norm.") else _renamed(name, _MMDET)]
         weights[names[name][0]] = _unfold_order(weight) if ".downsample." in name else weight
     note = (
-        "For SwinTransformer(init_cfg=dict(type='Pretrained', checkpoint=...), norm_cfg=dict(type='LN', eps=1e-6)). Only the last stage has an output "
-        f"norm, norm{last}; those of other out_indices start fresh. Not loaded into mmdet here."
+        "For SwinTransformer(init_cfg=dict(type='Pretrained', checkpoint=...), norm_cfg=dict(type='LN', eps=1e-6)). Only the last stage "
+        f"has an output norm, norm{last}; those of other out_indices start fresh. Not loaded into mmdet here."
     )
     return Layout(weights=weights, names=names, config={}, note=note)
 
@@ -190,6 +199,8 @@ def _check_windows(backbone: Swin, shape: dict[str, Any], *, library: str, may_s
         theirs = (min(window, side), window // 2 if side > window else 0)
         ours = (blocks[-1].window, blocks[1].shift if len(blocks) > 1 else theirs[1])  # every second block is shifted
         if theirs != ours:
-            found = f"at {shape['img_size']} pixels {library} would use windows of {theirs[0]} shifted by {theirs[1]} in stage {stage + 1}, the backbone "
-            found += f"has {ours[0]} shifted by {ours[1]}"
+            found = (
+                f"at {shape['img_size']} pixels {library} would use windows of {theirs[0]} shifted by {theirs[1]} in stage {stage + 1}, "
+                f"the backbone has {ours[0]} shifted by {ours[1]}"
+            )
             raise OptionError("task.image_size", found, "give the size that the backbone was made for, backbone.image_size")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-FROM_CONFIG = ("backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "epochs", "max_steps", "precision", "seed", "task")
+FROM_CONFIG = ("backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "epochs", "max_steps", "precision", "task")
 PLACES = ("root", "val_root")  # of a machine, not of a model
 
 
@@ -84,7 +84,8 @@ def card(*, name: str, format: str, facts: dict[str, str], source: Source, usage
 def _metrics(source: Source) -> list[str]:
     if source.metrics is None:
         return ["Not known: the checkpoint does not lie in the folder of a finished run."]
-    return ["| | |", "| --- | --- |", *(f"| {key} | {value:.6g} |" for key, value in source.metrics.items() if isinstance(value, int | float))]
+    numbers = {key: value for key, value in source.metrics.items() if isinstance(value, int | float)}
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value:.6g} |" for key, value in numbers.items())]
 
 
 def _config(source: Source) -> list[str]:

@@ -1,7 +1,7 @@
 """The formats: each writes a backbone's weights (or program) into a folder, and loads them back in the library that they are for.
 
 Letters: B images, C channels, S side in pixels, N regions, D backbone width.
-Unusual: the libraries are imported where they are used, and only the first of these imports may fail for the user: `require` says what to install.
+Unusual: the libraries are imported where they are used; `require` says beforehand what to install.
 """
 
 import copy
@@ -129,7 +129,8 @@ def _torch_export(backbone: Backbone, example: Input, folder: Path) -> Export:
         return pooled, regions
 
     usage = 'program = torch.export.load("model.pt2").module()\npooled, regions = program(images)'
-    return Export(outputs, usage, f"Any number of images of {example.size} x {example.size} pixels. It needs torch, and nothing of this program.")
+    note = f"Any number of images of {example.size} x {example.size} pixels. It needs torch, and nothing of this program."
+    return Export(outputs, usage, note)
 
 
 def _timm(backbone: Backbone, example: Input, folder: Path) -> Export:
@@ -189,7 +190,7 @@ def _huggingface(backbone: Backbone, example: Input, folder: Path) -> Export:
 
     usage = (
         "from transformers import AutoImageProcessor, AutoModel\n\n"
-        'processor, network = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER)\n'
+        "processor, network = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER)\n"
         'pooled = network(**processor(image, return_tensors="pt")).pooler_output'
     )
     return Export(outputs, usage, layout.note)

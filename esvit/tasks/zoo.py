@@ -25,10 +25,12 @@ class Zoo:
             raise OptionError("task.server", f"'{server}' is no web address", "give http://... or https://...")
         if self.model is None:
             print(zoo.table())
-            print("\nfetch one: python run.py task=zoo task.model=NAME    reproduce one: python run.py experiment=published/NAME data.root=...")
+            print("\nfetch one:     python run.py task=zoo task.model=NAME")
+            print("reproduce one: python run.py experiment=published/NAME data.root=TRAIN_IMAGES")
             return
         chosen = zoo.model(self.model)
-        print(f"{chosen.name}: {chosen.architecture}, {chosen.tasks}, {chosen.dataset}, linear {chosen.linear} %, k-NN {chosen.knn} % (published)")
+        accuracy = f"linear {chosen.linear} %, k-NN {chosen.knn} % (published)"
+        print(f"{chosen.name}: {chosen.architecture}, {chosen.tasks}, {chosen.dataset}, {accuracy}")
         for kind, url in chosen.urls(server).items():
             print(f"  {kind:<11} {url}")
         path = zoo.fetch_checkpoint(chosen, server=server, token=self.token)

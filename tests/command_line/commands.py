@@ -20,8 +20,8 @@ PATIENCE_SECONDS = 120  # for a loaded machine; a test fails when a command take
 TINY = (
     "backbone=swin_micro", "tracking=none", "device=cpu", "data.batch_size=4", "data.workers=0", "augmentation.global_crops_size=32",
     "augmentation.local_crops_size=16", "augmentation.local_crops_number=2", "head.hidden_dim=32", "head.bottleneck_dim=16",
-    "head.prototypes=64", "schedule.warmup_epochs=0", "epochs=2", "task.log_every=1", "checkpoint_every=3", "task.checkpoint_keep=3", "runtime.threads=1",
-    "optimizer.learning_rate=0.05", "schedule.freeze_last_layer_epochs=0",
+    "head.prototypes=64", "schedule.warmup_epochs=0", "epochs=2", "task.log_every=1", "checkpoint_every=3", "task.checkpoint_keep=3",
+    "runtime.threads=1", "optimizer.learning_rate=0.05", "schedule.freeze_last_layer_epochs=0",
 )  # fmt: skip
 
 
@@ -94,6 +94,7 @@ class ForkServer:
             "environment": environment() | (extra_environment or {}),
         }
         pid = self._ask({"start": command})
+        assert pid is not None
         code: list[int] = []
 
         def poll() -> int | None:

@@ -20,8 +20,8 @@ import traceback
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PRELOADED = ("hydra.main", "conf.schema", "conf.explain", "conf.resolve", "launchers.local", "launchers.gpus", "esvit.tasks.pretrain", "esvit.tasks.sync",
-             "esvit.backbones.swin", "esvit.data.folder", "esvit.augmentations.multicrop", "esvit.tracking.base")  # fmt: skip
+PRELOADED = ("hydra.main", "conf.schema", "conf.explain", "conf.resolve", "launchers.local", "launchers.gpus", "esvit.tasks.pretrain",
+             "esvit.backbones.swin", "esvit.data.folder", "esvit.tracking.base", "torch._dynamo")  # fmt: skip
 
 
 def serve() -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.command_line.commands import Outcome, assert_same_training, checkpoint, differences, log, losses, succeeded
-from tests.golden.test_training import original_name
+from tests.golden.steps import original_name
 
 # Weights stay as they were (bar one step of next to nothing), so that a checkpoint shows what the run began with.
 STILL = ("optimizer.learning_rate=1e-30", "schedule.final_learning_rate=0", "schedule.weight_decay_start=0", "schedule.weight_decay_end=0",

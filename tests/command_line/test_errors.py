@@ -95,15 +95,20 @@ def test_changed_options_are_refused_with_the_list_of_keys(commands, tiny, refer
     assert (reference / "config.yaml").read_bytes() == before
 
 
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
 def test_a_folder_that_another_process_writes_to_is_refused(commands, tiny, tmp_path):
     """Locks belong to processes, so that the holder has to be another one."""
     run = tmp_path / "run"
     run.mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time\nf = open(sys.argv[1], 'ab')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(300)",
-         str(run / "tracking.lock")],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run / "tracking.lock")], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         line = told(commands.run(*tiny, f"output_dir={run}"))

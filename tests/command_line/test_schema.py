@@ -71,7 +71,7 @@ def composed(tmp_path_factory):
 def test_a_schema_has_the_options_of_its_class(schema):
     """Options without a default have to be options; an option that the class does not know would fail at the start of every run."""
     fields = {each.name: each for each in dataclasses.fields(schema)}
-    target = fields["_target_"].default
+    target = str(fields["_target_"].default)
     parameters = inspect.signature(get_object(target)).parameters
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
     given = set(fields) - {"_target_", "_partial_", "has_run_folder"}
@@ -126,7 +126,7 @@ def test_every_experiment_says_what_it_is(experiment):
 def test_a_default_lives_in_the_schema_only():
     """Classes that options configure have no defaults for them, but for those that stand alone in other programs too."""
     for schema in schemas():
-        target = next(each.default for each in dataclasses.fields(schema) if each.name == "_target_")
+        target = next(str(each.default) for each in dataclasses.fields(schema) if each.name == "_target_")
         options = {each.name for each in dataclasses.fields(schema)}
         parameters = inspect.signature(get_object(target)).parameters
         assert [name for name in options & set(parameters) if parameters[name].default is not inspect.Parameter.empty] == [], target

@@ -6,32 +6,13 @@ Limits are those of the goldens' README. The recorded shift is the original's, w
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from esvit.backbones.cvt import Cvt
-from esvit.networks import HeadOptions
-from esvit.runtime import Runtime
-from esvit.tasks.distillation import Distillation
 from tests.golden.cases import Goldens, assert_close, micro_layouts, original_layout
-from tests.golden.test_training import (
-    CROP_SIZES,
-    IMAGES,
-    LIMITS,
-    OPTIMIZERS,
-    PROTOTYPES,
-    STEPS,
-    GradientNorms,
-    assert_centres_equal,
-    assert_gradients_equal,
-    assert_norms_equal,
-    assert_schedules_equal,
-    make_loss,
-    make_schedules,
-    original_name,
-)
+from tests.golden.steps import assert_four_steps_equal
 
 SIZES: dict[str, dict[str, Any]] = {
     "s1": {"dims": [64, 192, 384, 768], "depths": [2, 2, 6, 2], "heads": [1, 3, 6, 12], "drop_path_rate": 0.1},
@@ -130,51 +111,9 @@ def test_layer_norm_eps_is_the_originals(goldens):
 
 def test_four_training_steps_equal_the_originals(goldens: Goldens):
     """The batch norms are in train mode, the teacher's too, and neither's statistics are averaged into the other's."""
-    golden = goldens.case("train_cvt_dense_adamw")
-    limits = LIMITS["adamw"]
-    loss = make_loss("dense")
-    loss.setup(prototypes=PROTOTYPES)
-    head = HeadOptions(hidden_dim=2048, bottleneck_dim=256, layers=3, batch_norm=False, prototypes=PROTOTYPES, norm_last_layer=False)
-    network = head.attach(cvt_without_values("micro_cvt").to_empty(device="cpu"), regions=True).train()
-    start_counters(network)
-    goldens.fill(network, original_name)
-    norms = GradientNorms()
-    norms.network = network
-    optimizer = OPTIMIZERS["adamw"].build(network, precision="fp32", device=torch.device("cpu"))
-    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0)
-    distillation = Distillation(
-        network=network, loss=loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None, phase=norms
-    )
-    names, buffer_names = golden.pop("param_names").tolist(), golden.pop("buffer_names").tolist()
-    assert sorted(names) == sorted(original_name(name) for name, _ in network.named_parameters())
-    assert [len(group.names) for group in optimizer.groups] == golden.pop("group_sizes").tolist()
-
-    schedules = make_schedules()
-    assert_schedules_equal(schedules, golden)
-    key_biases = key_bias_limits(network)
-    losses = []
-    for step in range(STEPS):
-        now = schedules.at(step)
-        crops = [goldens.input(f"step{step}_crop{index}", (IMAGES, 3, size, size)) for index, size in enumerate(CROP_SIZES)]
-        result = distillation.step([crops], now, sound=torch.tensor(True), rng=np.random.default_rng(0))
-        losses.append(result.terms.total)
-        assert bool(result.finite)
-
-        assert_gradients_equal(norms, golden, step)
-        assert_centres_equal(loss, golden, step)
-        for who, whose, relative in (("student", network, limits.student_norm), ("teacher", distillation.teacher.network, 1e-4)):
-            state = {original_name(name): value.detach() for name, value in whose.state_dict().items()}
-            what = f"{who} after step {step}"
-            theirs = golden.pop(f"step{step}_{who}_norms")
-            assert_norms_equal(norms_of(state, names), theirs, names, relative=relative, absolute=key_biases, what=what)
-            values = np.stack([np.resize(state[name].flatten()[:4].numpy(), 4) for name in names])
-            assert_close(values, golden.pop(f"step{step}_{who}_first4"), absolute=limits.first_values)
-            theirs = golden.pop(f"step{step}_{who}_buffer_norms")
-            assert_norms_equal(norms_of(state, buffer_names), theirs, buffer_names, relative=1e-4, absolute={}, what=f"buffers of {what}")
-    golden_losses = golden.pop("losses")
-    assert_close(torch.stack(losses)[:1], golden_losses[:1], relative=limits.first_loss)
-    assert_close(torch.stack(losses), golden_losses, relative=limits.loss)
-    assert not golden, f"arrays of the case that this test does not use: {sorted(golden)}"
+    backbone = cvt_without_values("micro_cvt").to_empty(device="cpu")
+    start_counters(backbone)
+    assert_four_steps_equal(goldens, "train_cvt_dense_adamw", backbone, key_biases={".qkv.pw.bias": 3})
 
 
 def start_counters(network: nn.Module) -> None:
@@ -182,13 +121,3 @@ def start_counters(network: nn.Module) -> None:
     for name, buffer in network.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()
-
-
-def norms_of(state: dict[str, torch.Tensor], names: list[str]) -> np.ndarray:
-    return np.array([float(torch.linalg.vector_norm(state[name], dtype=torch.float64)) for name in names])
-
-
-def key_bias_limits(network: nn.Module) -> dict[str, float]:
-    """For each projection's bias, 4 * lr * sqrt(elements of its key third): what four steps of AdamW make of rounding noise."""
-    biases = {original_name(name): bias for name, bias in network.named_parameters() if name.endswith("qkv.pw.bias")}
-    return {name: 4 * 1e-3 * (bias.numel() / 3) ** 0.5 for name, bias in biases.items()}

@@ -9,30 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN
 from esvit.backbones.vil import SlidingChunkAttention, Vil
-from esvit.networks import HeadOptions
-from esvit.runtime import Runtime
-from esvit.tasks.distillation import Distillation
 from tests.golden.cases import Goldens, assert_close, micro_layouts, original_layout
-from tests.golden.test_training import (
-    CROP_SIZES,
-    IMAGES,
-    LIMITS,
-    OPTIMIZERS,
-    PROTOTYPES,
-    STEPS,
-    GradientNorms,
-    assert_centres_equal,
-    assert_gradients_equal,
-    assert_norms_equal,
-    assert_schedules_equal,
-    make_loss,
-    make_schedules,
-    original_name,
-)
+from tests.golden.steps import GradientNorms, assert_four_steps_equal
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vil_2262": {"dims": [96, 192, 384, 768], "depths": [2, 2, 6, 2], "heads": [3, 6, 12, 24], "absolute_positions": [False] * 4},
@@ -161,48 +142,9 @@ def test_sliding_chunks_equal_the_originals_in_every_mode(gradients, goldens):
 
 
 def test_four_training_steps_equal_the_originals(goldens: Goldens):
-    golden = goldens.case("train_vil_dense_adamw")
-    limits = LIMITS["adamw"]
-    loss = make_loss("dense")
-    loss.setup(prototypes=PROTOTYPES)
-    head = HeadOptions(hidden_dim=2048, bottleneck_dim=256, layers=3, batch_norm=False, prototypes=PROTOTYPES, norm_last_layer=False)
-    network = head.attach(vil_without_values("micro_vil").to_empty(device="cpu"), regions=True).train()
-    goldens.fill(network, original_name)
-    norms = GradientNorms()
-    norms.network = network
-    optimizer = OPTIMIZERS["adamw"].build(network, precision="fp32", device=torch.device("cpu"))
-    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0)
-    distillation = Distillation(
-        network=network, loss=loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None, phase=norms
-    )
-    names = golden.pop("param_names").tolist()
-    assert sorted(names) == sorted(original_name(name) for name, _ in network.named_parameters())
-    assert [len(group.names) for group in optimizer.groups] == golden.pop("group_sizes").tolist()
-
-    schedules = make_schedules()
-    assert_schedules_equal(schedules, golden)
-    losses = []
-    for step in range(STEPS):
-        crops = [goldens.input(f"step{step}_crop{index}", (IMAGES, 3, size, size)) for index, size in enumerate(CROP_SIZES)]
-        result = distillation.step([crops], schedules.at(step), sound=torch.tensor(True), rng=np.random.default_rng(0))
-        losses.append(result.terms.total)
-        assert bool(result.finite)
-
-        set_aside_idle_biases(norms, golden, step)
-        assert_gradients_equal(norms, golden, step)
-        assert_centres_equal(loss, golden, step)
-        for who, whose, relative in (("student", network, limits.student_norm), ("teacher", distillation.teacher.network, 1e-4)):
-            parameters = {original_name(name): parameter.detach() for name, parameter in whose.named_parameters()}
-            ours = np.array([float(torch.linalg.vector_norm(parameters[name], dtype=torch.float64)) for name in names])
-            theirs = golden.pop(f"step{step}_{who}_norms")
-            what = f"{who} after step {step}"
-            assert_norms_equal(ours, theirs, names, relative=relative, absolute=key_bias_limits(parameters), what=what)
-            values = np.stack([np.resize(parameters[name].flatten()[:4].numpy(), 4) for name in names])
-            assert_close(values, golden.pop(f"step{step}_{who}_first4"), absolute=limits.first_values)
-    golden_losses = golden.pop("losses")
-    assert_close(torch.stack(losses)[:1], golden_losses[:1], relative=limits.first_loss)
-    assert_close(torch.stack(losses), golden_losses, relative=limits.loss)
-    assert not golden, f"arrays of the case that this test does not use: {sorted(golden)}"
+    backbone = vil_without_values("micro_vil").to_empty(device="cpu")
+    key_biases = {".qkv.bias": 3, ".kv.bias": 2}
+    assert_four_steps_equal(goldens, "train_vil_dense_adamw", backbone, key_biases=key_biases, set_aside=set_aside_idle_biases)
 
 
 def set_aside_idle_biases(norms: GradientNorms, golden: dict[str, np.ndarray], step: int) -> None:
@@ -216,14 +158,3 @@ def set_aside_idle_biases(norms: GradientNorms, golden: dict[str, np.ndarray], s
         golden[f"step{step}_{array}"] = golden[f"step{step}_{array}"][~idle]
     norms.before = {name: norm for name, norm in norms.before.items() if name not in idle_names}
     norms.after = {name: norm for name, norm in norms.after.items() if name not in idle_names}
-
-
-def key_bias_limits(parameters: dict[str, Tensor]) -> dict[str, float]:
-    """4 * lr * sqrt(elements of the keys' part) for each bias of a key: what four steps of AdamW make of rounding noise."""
-    parts = {"qkv.bias": 3, "kv.bias": 2}
-    return {
-        name: 4 * 1e-3 * (value.numel() / part) ** 0.5
-        for name, value in parameters.items()
-        for ending, part in parts.items()
-        if name.endswith(f".{ending}")
-    }

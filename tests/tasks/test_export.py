@@ -26,6 +26,7 @@ from tests.backbones.networks import DEMO, MICRO, micro_cvt, swin
 
 FORMATS = ("backbone", "safetensors", "onnx", "torch_export", "timm", "hf", "mmdet", "detectron2")
 DIFFERENCE = 2e-5  # of features whose largest is about 4
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HEADS = HeadOptions(hidden_dim=8, bottleneck_dim=4, layers=2, batch_norm=False, prototypes=6, norm_last_layer=True)
 
 
@@ -45,9 +46,7 @@ def perturbed(backbone: Backbone) -> Backbone:
 
 
 def export(backbone: Backbone, checkpoint: Path, folder: Path, **changes: Any) -> Path:
-    options: dict[str, Any] = {
-        "network": "teacher", "format": "backbone", "image_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "name": "micro",
-    }  # fmt: skip
+    options: dict[str, Any] = {"network": "teacher", "format": "backbone", "image_size": 224, "mean": MEAN, "std": STD, "name": "micro"}
     Export(backbone=backbone, checkpoint=str(checkpoint), folder=str(folder), **(options | changes)).run()
     return folder
 
@@ -86,7 +85,8 @@ def fresh() -> Swin:
 
 def test_backbone_weights_load_into_the_same_network(checkpoint: Path, teacher: Swin, tmp_path: Path) -> None:
     weights = torch.load(export(fresh(), checkpoint, tmp_path / "out") / "backbone.pt", weights_only=True)
-    assert {name: value.tolist() for name, value in weights.items()} == {name: value.tolist() for name, value in teacher.state_dict().items()}
+    assert weights.keys() == teacher.state_dict().keys()
+    assert all(value.equal(teacher.state_dict()[name]) for name, value in weights.items())
 
 
 def test_the_students_backbone_can_be_chosen(checkpoint: Path, tmp_path: Path) -> None:
@@ -107,7 +107,8 @@ def test_safetensors_load_into_the_same_network(checkpoint: Path, teacher: Swin,
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Swin, Path, Tensor]:
     """Two stages, for the formats that take long to write: network, checkpoint and images."""
     network = swin(**DEMO).eval()
-    return network, saved(network, network, tmp_path_factory.mktemp("small")), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return network, saved(network, network, tmp_path_factory.mktemp("small")), images
 
 
 def test_onnx_runs_in_onnxruntime_for_any_number_of_images(small: tuple[Swin, Path, Tensor], tmp_path: Path) -> None:
@@ -124,7 +125,8 @@ def test_onnx_runs_in_onnxruntime_for_any_number_of_images(small: tuple[Swin, Pa
 
 def test_the_torch_program_runs_for_any_number_of_images(small: tuple[Swin, Path, Tensor], tmp_path: Path) -> None:
     network, checkpoint, images = small
-    program = torch.export.load(export(Swin(**DEMO), checkpoint, tmp_path / "out", format="torch_export", image_size=32) / "model.pt2").module()
+    folder = export(Swin(**DEMO), checkpoint, tmp_path / "out", format="torch_export", image_size=32)
+    program = torch.export.load(folder / "model.pt2").module()
     for some in (images, images[:1]):
         with torch.no_grad():
             assert_equal(network(some), *program(some))
@@ -161,7 +163,8 @@ def test_published_sizes_fit_timms_models_of_these_names(options: dict[str, Any]
         network = timm.create_model(layout.config["model"], num_classes=0, **layout.config["arguments"])
     assert layout.config["model"] == model
     assert layout.config["arguments"] == ({"window_size": 14} if "window_size" in options else {})
-    assert {name: value.shape for name, value in network.state_dict().items()} == {name: value.shape for name, value in layout.weights.items()}
+    shapes = {name: value.shape for name, value in layout.weights.items()}
+    assert {name: value.shape for name, value in network.state_dict().items()} == shapes
 
 
 def test_hugging_face_loads_the_folder(checkpoint: Path, images: Tensor, expected: Features, tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_hugging_faces_processor_makes_the_evaluation_crop(checkpoint: Path, tmp
     folder = export(fresh(), checkpoint, tmp_path / "out", format="hf")
     image = Image.open(sorted(PACKAGED_PHOTOS.glob("*.jpg"))[0]).convert("RGB")
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
-    ours = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])(EvaluationCrop(resize=256, crop=224)(image).unsqueeze(0))
+    ours = Normalize(mean=MEAN, std=STD)(EvaluationCrop(resize=256, crop=224)(image).unsqueeze(0))
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 0.02
 
@@ -199,7 +202,8 @@ def test_other_backbones_load_in_timm_too(backbone: Backbone, tmp_path: Path) ->
     folder = export(backbone, saved(backbone, backbone, tmp_path / "run"), tmp_path / "out", format="timm", image_size=32)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        torch.testing.assert_close(by_the_card(folder, {})["network"].eval()(images), backbone.eval()(images).pooled, atol=DIFFERENCE, rtol=1e-5)
+        pooled = by_the_card(folder, {})["network"].eval()(images)
+        torch.testing.assert_close(pooled, backbone.eval()(images).pooled, atol=DIFFERENCE, rtol=1e-5)
 
 
 class UnfoldMerging(nn.Module):
@@ -236,7 +240,7 @@ def test_detectron2_weights_have_our_names_below_the_pyramid(checkpoint: Path, t
     folder = export(fresh(), checkpoint, tmp_path / "out", format="detectron2")
     weights = torch.load(folder / "backbone.pth", weights_only=True)["model"]
     assert weights["backbone.bottom_up.norm3.weight"].equal(teacher.norm.weight)
-    assert weights["backbone.bottom_up.layers.1.downsample.norm.bias"].equal(teacher.layers[1].downsample.norm.bias)
+    assert weights["backbone.bottom_up.layers.1.downsample.norm.bias"].equal(teacher.state_dict()["layers.1.downsample.norm.bias"])
     assert len(weights) == len(teacher.state_dict())
 
 
@@ -266,13 +270,13 @@ def test_a_network_that_the_library_lacks_is_told_in_one_line(tmp_path: Path) ->
     backbone = micro_cvt()
     checkpoint = saved(backbone, backbone, tmp_path / "run")
     for format in ("timm", "hf", "mmdet", "detectron2"):
-        with pytest.raises(OptionError, match=f"task.format: '{format}' is written for .*Swin.* only, not for Cvt; use backbone, safetensors, onnx"):
+        with pytest.raises(OptionError, match=f"task.format: '{format}' is written for .*Swin.* only, not for Cvt; use backbone, safe"):
             export(micro_cvt(), checkpoint, tmp_path / "out", format=format)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_an_image_size_with_other_windows_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="task.image_size: at 96 pixels timm would use windows of 6 shifted by 0 in stage 3, the backbone has 7"):
+    with pytest.raises(OptionError, match="task.image_size: at 96 pixels timm would use windows of 6 .* in stage 3, the backbone has 7"):
         export(fresh(), checkpoint, tmp_path / "out", format="timm", image_size=96)
 
 
@@ -306,7 +310,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(OptionError, match=r"task.format: 'onnx' needs the package onnxruntime, which is not installed; pip install 'esvit\[export\]'"):
+    with pytest.raises(OptionError, match=r"'onnx' needs the package onnxruntime, which is not installed; pip install 'esvit\[export\]'"):
         require("onnx")
     for format in FORMATS:
         if format != "onnx":
