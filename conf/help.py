@@ -11,7 +11,7 @@ _OPTION = re.compile(r"^    (?P<name>[a-z]\w*): .*? = (?P<default>.*?)(?:  # (?P
 
 
 def text() -> str:
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in sorted(_CONF.iterdir()) if any(folder.glob("*.yaml"))}
+    groups = {folder.name: sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")) for folder in sorted(_CONF.iterdir()) if any(folder.glob("*.yaml"))}
     order = ["task", "backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "tracking", "launcher", "runtime", "experiment"]
     lines = [
         "EsViT: self-supervised pre-training of multi-stage vision transformers",

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import yaml
 
 FROM_CONFIG = ("backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "epochs", "max_steps", "precision", "task")
+OF_THE_MACHINE = ("speed/", "system/", "memory/", "schedule/", "images_per_second")  # metrics
 PLACES = ("root", "val_root")  # of a machine, not of a model
 
 
@@ -46,10 +46,10 @@ def card(*, name: str, format: str, facts: dict[str, str], source: Source, usage
     rows = {
         "format": format,
         "network": source.network,
-        "source checkpoint": f"{source.file.name}, by {source.origin}",
+        "source checkpoint": f"{source.file.name}, made by {source.origin}",
         "its sha256": source.sha256,
         **facts,
-        "written with": f"esvit {version('esvit')}, torch {torch.__version__}",
+        "written with": f"torch {torch.__version__}",
     }
     return "\n".join(
         [
@@ -84,7 +84,7 @@ def card(*, name: str, format: str, facts: dict[str, str], source: Source, usage
 def _metrics(source: Source) -> list[str]:
     if source.metrics is None:
         return ["Not known: the checkpoint does not lie in the folder of a finished run."]
-    numbers = {key: value for key, value in source.metrics.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in source.metrics.items() if isinstance(value, int | float) and not key.startswith(OF_THE_MACHINE)}
     return ["| | |", "| --- | --- |", *(f"| {key} | {value:.6g} |" for key, value in numbers.items())]
 
 

@@ -181,6 +181,7 @@ def _huggingface(backbone: Backbone, example: Input, folder: Path) -> Export:
     _write_names(layout, folder)
 
     def outputs(images: Tensor) -> Outputs:
+        transformers.utils.logging.disable_progress_bar()
         network, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
         misfits = {kind: names for kind, names in report.items() if names}
         assert not misfits, misfits

@@ -86,10 +86,9 @@ class Export:
 
     def _facts(self, images: Tensor) -> dict[str, str]:
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
-        size = f"{self.image_size} x {self.image_size}"
         return {
             "backbone": f"{type(self.backbone).__name__}, {parameters / 1e6:.1f} M parameters, {self.backbone.dim} features",
-            "input": f"(B, {images.shape[1]}, {size}), values from 0 to 1 minus {self.mean}, divided by {self.std}",
+            "input": f"(B, {', '.join(map(str, images.shape[1:]))}), values from 0 to 1 minus {self.mean}, divided by {self.std}",
         }
 
     def _difference(self, exported: Exported, images: Tensor) -> str:

@@ -7,8 +7,6 @@ import pytest
 
 from tests.command_line.commands import ROOT, Outcome, environment
 
-pytestmark = pytest.mark.xdist_group("command line one")  # shares a server and runs
-
 
 def told(outcome: Outcome) -> str:
     """The one line, without its "error: "."""

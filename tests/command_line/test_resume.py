@@ -7,8 +7,6 @@ import pytest
 
 from tests.command_line.commands import assert_same_training, checkpoint, log, losses, succeeded
 
-pytestmark = pytest.mark.xdist_group("command line two")  # shares a server and runs
-
 # Everything that draws random numbers or keeps a state of its own; 16 steps, so that a run can be stopped in the middle.
 KEYED = (
     "task.mixing.probability=1",

@@ -9,8 +9,6 @@ import torch
 
 from tests.command_line.commands import assert_same_training, checkpoint, differences, log, losses, succeeded
 
-pytestmark = pytest.mark.xdist_group("command line one")  # shares a server and runs
-
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

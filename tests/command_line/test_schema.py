@@ -20,8 +20,6 @@ from conf.schema import inputs, models, root, running, tasks, training
 from run import build
 from tests.command_line.commands import ROOT
 
-pytestmark = pytest.mark.xdist_group("command line one")  # shares a server and runs
-
 CONF = ROOT / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if any(path.glob("*.yaml")))
 AT_RUN_TIME = {"esvit.schedules.Schedules": {"epochs", "steps_per_epoch", "learning_rate"}}  # given by the task, not by an option

@@ -1,5 +1,6 @@
 """task=export: each format loads in the library that it is for, and gives the features that the checkpoint gives here."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,30 @@ def test_hugging_face_loads_the_folder(checkpoint: Path, images: Tensor, expecte
     with torch.no_grad():
         features = network(pixel_values=images)
     assert_equal(expected, features.pooler_output, features.last_hidden_state)
+
+
+@pytest.mark.parametrize("format", ["timm", "hf"])
+def test_the_originals_checkpoints_are_exported_too(teacher: Swin, images: Tensor, expected: Features, tmp_path: Path, format: str) -> None:
+    backbone = {f"backbone.{name}": value for name, value in teacher.state_dict().items()}
+    head = {
+        "head.mlp.0.weight": torch.zeros(4, 192),
+        "head.last_layer.weight_g": torch.ones(6, 1),
+        "head.last_layer.weight_v": torch.ones(6, 4),
+    }
+    index = {"backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
+    network = backbone | head | index
+    content = {"student": {f"module.{name}": value for name, value in network.items()}, "teacher": network, "epoch": 300}
+    content |= {"dino_loss": {"center": torch.zeros(1, 6)}, "args": argparse.Namespace(arch="swin_tiny")}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    folder = export(fresh(), tmp_path / "checkpoint.pth", tmp_path / "out", format=format)
+    with torch.no_grad():
+        if format == "timm":
+            loaded = by_the_card(folder, {})["network"].eval()
+            assert_equal(expected, loaded(images), loaded.forward_features(images).flatten(1, 2))
+        else:
+            features = transformers.AutoModel.from_pretrained(folder).eval()(images)
+            assert_equal(expected, features.pooler_output, features.last_hidden_state)
+    assert "checkpoint.pth, made by the original (--arch swin_tiny)" in (folder / "README.md").read_text()
 
 
 def test_hugging_faces_processor_makes_the_evaluation_crop(checkpoint: Path, tmp_path: Path) -> None:
