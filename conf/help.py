@@ -4,15 +4,16 @@ Reads files only: no Hydra, no torch, so that it answers at once.
 """
 
 import re
+import textwrap
 from pathlib import Path
 
 _CONF = Path(__file__).parent
-_OPTION = re.compile(r"^    (?P<name>[a-z]\w*): .*? = (?P<default>.*?)(?:  # (?P<comment>.*?))?$")
+_GROUPS = "task backbone head loss augmentation data optimizer schedule tracking launcher runtime experiment".split()
+_OPTION = re.compile(r"^    (?P<name>[a-z]\w*): .*? = (?P<default>.*?)  # (?P<comment>.*)$")
+_COMPUTED = {"name": "the backbone", "output_dir": "outputs/TASK/DATE_TIME_NAME"}  # defaults that refer to other options
 
 
 def text() -> str:
-    groups = {folder.name: sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")) for folder in sorted(_CONF.iterdir()) if any(folder.glob("*.yaml"))}
-    order = ["task", "backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "tracking", "launcher", "runtime", "experiment"]
     lines = [
         "EsViT: self-supervised pre-training of multi-stage vision transformers",
         "",
@@ -21,10 +22,10 @@ def text() -> str:
         "       python run.py experiment=demo",
         "",
         "groups:",
-        *(f"  {group:<13} {', '.join(groups[group])}" for group in order),
+        *(_wrapped(group, ", ".join(_choices(_CONF / group))) for group in _GROUPS),
         "",
         "options of every task:",
-        *_options((_CONF / "schema" / "root.py").read_text(), prefix=""),
+        *_options((_CONF / "schema" / "root.py").read_text()),
         "",
         "options of a group are GROUP.OPTION, e.g. data.root, schedule.warmup_epochs, augmentation.local_crops_number;",
         "conf/schema/ has them all with their meaning, `python run.py --cfg job [overrides]` prints the composed values.",
@@ -32,11 +33,20 @@ def text() -> str:
     return "\n".join(lines)
 
 
-def _options(source: str, *, prefix: str) -> list[str]:
+def _choices(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def _wrapped(name: str, text: str) -> str:
+    return textwrap.fill(text, width=120, initial_indent=f"  {name:<13} ", subsequent_indent=" " * 16, break_on_hyphens=False)
+
+
+def _options(source: str) -> list[str]:
+    """One line for each option whose definition says in a comment what it is."""
     lines = []
     for match in filter(None, map(_OPTION.match, source.splitlines())):
-        if match["default"] == "MISSING" or match["comment"] is None:
-            continue
-        default = re.sub(r"^\w+\.(\w+)$", r"\1", match["default"].strip('"')) if "${" not in match["default"] else "outputs/..." if match["name"] == "output_dir" else "the backbone"
-        lines.append(f"  {prefix + match['name']:<17} {match['comment']} [{default.replace('None', 'null')}]")
+        name = match["name"]
+        value = match["default"].strip('"').rpartition(".")[2]  # a choice of an Enum goes by its last name
+        default = _COMPUTED.get(name, {"None": "null", "True": "true", "False": "false"}.get(value, value))
+        lines.append(f"  {name:<17} {match['comment']} [{default}]")
     return lines

@@ -262,6 +262,13 @@ def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
         fetch("http://127.0.0.1:9/file", tmp_path / "file", token=None, option="task.model", token_option="task.token", pause_seconds=0)
 
 
+def test_a_home_that_cannot_be_written_is_named(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ESVIT_HOME", str(tmp_path / "file"))
+    with pytest.raises(OptionError, match="ESVIT_HOME: cannot write '.*swin_tiny_w7_vr.pth' .*; name a folder"):
+        get(storage)
+
+
 def test_two_downloads_of_one_file_do_not_mix(storage: Storage, tmp_path: Path) -> None:
     import fcntl
 
