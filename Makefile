@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python run.py experiment=demo $(OVERRIDES)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

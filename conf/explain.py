@@ -20,7 +20,6 @@ from conf.resolve import remedy_for_unknown
 from esvit.errors import OptionError
 
 
-
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """End the process with one line and exit code 1 where the user is the cause."""

@@ -8,7 +8,20 @@ import textwrap
 from pathlib import Path
 
 _CONF = Path(__file__).parent
-_GROUPS = "task backbone head loss augmentation data optimizer schedule tracking launcher runtime experiment".split()
+_GROUPS = [
+    "task",
+    "backbone",
+    "head",
+    "loss",
+    "augmentation",
+    "data",
+    "optimizer",
+    "schedule",
+    "tracking",
+    "launcher",
+    "runtime",
+    "experiment",
+]
 _OPTION = re.compile(r"^    (?P<name>[a-z]\w*): .*? = (?P<default>.*?)  # (?P<comment>.*)$")
 _COMPUTED = {"name": "the backbone", "output_dir": "outputs/TASK/DATE_TIME_NAME"}  # defaults that refer to other options
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conf.schema import inputs, models, running, tasks, training
 from esvit.errors import OptionError
 
 _CONF = Path(__file__).parent
+_REFERENCE = re.compile(r"\$\{(\w+)")
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -20,19 +22,35 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Added to the options: `chosen` (what a user chose: no key that only refers to another option, no `_target_`; the
     run's config.yaml) and `has_run_folder` (whether the task writes into a run folder of its own).
 
+    A group that the task does not refer to, e.g. `data` where no images are needed, is not asked for its values and not part of `chosen`.
+
     Raises OptionError for an option without a value, and for one added with `+` that no schema knows.
     """
     _refuse_unknown(config, "")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing and config.task.has_run_folder:  # a task without one uses none of the groups
+    references = _plain(config, resolve=False)
+    used = _used(references)
+    missing = sorted(name for name in OmegaConf.missing_keys(config) if name.partition(".")[0] in used)
+    if missing:
         raise OptionError(missing[0], "has no value", f"give one, e.g. {missing[0]}=...")
     options = _plain(config, resolve=True)
-    references = _plain(config, resolve=False)
     options["output_dir"] = _folder(options["output_dir"], is_fresh="${now" in references["output_dir"])
     has_run_folder = options["task"].pop("has_run_folder")
-    options["chosen"] = _drop_references(references, options, top=True)
+    of_the_run = {key: value for key, value in options.items() if key in used or not isinstance(value, dict)}
+    options["chosen"] = _drop_references(references, of_the_run, top=True)
     options["has_run_folder"] = has_run_folder
     return options
+
+
+def _used(references: dict[str, Any]) -> set[str]:
+    """Top-level names that the run depends on: its task, where it happens, and all that these refer to."""
+    used: set[str] = set()
+    left = ["task", "tracking", "launcher", "runtime"]
+    while left:
+        name = left.pop()
+        if name in references and name not in used:
+            used.add(name)
+            left += _REFERENCE.findall(str(references[name]))
+    return used
 
 
 def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class SavedNetworks:
     epoch: int | None
 
     def network(self, which: str) -> NetworkWeights:
-        """"student" or "teacher"."""
+        """ "student" or "teacher"."""
         return {"student": self.student, "teacher": self.teacher}[which]
 
 

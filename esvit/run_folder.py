@@ -1,7 +1,7 @@
 """One folder per run: what is in it, and whether a config may go on in it. Imports no torch.
 
-    config.yaml   the resolved options          metrics.json   final metrics, once the run has finished
-    log.jsonl     one object per logged step    checkpoint.pt  latest state, checkpoint_<step>.pt the kept ones
+config.yaml   the resolved options          metrics.json   final metrics, once the run has finished
+log.jsonl     one object per logged step    checkpoint.pt  latest state, checkpoint_<step>.pt the kept ones
 """
 
 import json
@@ -60,7 +60,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except OSError as error:
-            raise OptionError("output_dir", f"cannot write to '{self.path}' ({error.strerror})", "give a folder that can be written") from None
+            raise OptionError(
+                "output_dir", f"cannot write to '{self.path}' ({error.strerror})", "give a folder that can be written"
+            ) from None
 
     def config(self) -> dict[str, Any]:
         """The options of the run in it."""
@@ -84,7 +86,9 @@ class RunFolder:
         if changed:
             described = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed)
             raise OptionError(
-                "output_dir", f"'{self.path}' holds a run with other options: {described}", "give these back their values, or another output_dir"
+                "output_dir",
+                f"'{self.path}' holds a run with other options: {described}",
+                "give these back their values, or another output_dir",
             )
 
 

@@ -39,9 +39,7 @@ class Runtime:
     timeout_minutes  how long a collective may wait for the other ranks
     """
 
-    def __init__(
-        self, *, device: str, precision: str, seed: int, deterministic: bool | None, threads: int | None, timeout_minutes: float
-    ):
+    def __init__(self, *, device: str, precision: str, seed: int, deterministic: bool | None, threads: int | None, timeout_minutes: float):
         self.device = _choose_device(device)
         self.precision = precision
         self.seed = seed

@@ -42,7 +42,7 @@ class Root:
     launcher: Any = MISSING
     runtime: Any = MISSING
     name: str = "${hydra:runtime.choices.backbone}"  # name of the run, part of its folder's name
-    output_dir: str = "outputs/${hydra:runtime.choices.task}/${now:%Y-%m-%d}_${now:%H-%M-%S}_${name}"  # the run's folder; the same folder again resumes
+    output_dir: str = "outputs/${hydra:runtime.choices.task}/${now:%Y-%m-%d_%H-%M-%S}_${name}"  # the run's folder; the same again resumes
     device: Device = Device.auto  # auto, cpu, cuda or mps; auto means cuda where there is one, else cpu
     precision: Precision = Precision.fp32  # of matrix products: fp32, bf16 or fp16 (fp16 scales the loss)
     seed: int = 0  # of weights, data order, crops and drop path

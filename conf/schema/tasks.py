@@ -94,9 +94,23 @@ class Zoo:
     server: str | None = None  # address of a copy of the storage; null means the published one
 
 
+@dataclass
+class Throughput:
+    _target_: str = "esvit.tasks.throughput.Throughput"
+    has_run_folder: bool = True
+    batch_size: int = 16  # images per pass
+    image_size: int = 224  # side of the images (pixels)
+    repeats: int = 10  # timed passes, of which the median counts
+    table: str | None = None  # Markdown file whose table gets the backbone's row, or null
+    backbone: Any = "${backbone}"
+    in_channels: int = "${backbone.in_channels}"  # type: ignore[assignment]
+    name: str = "${name}"
+
+
 SCHEMAS = {
     ("task", "pretrain"): Pretrain,
     ("task", "sync"): Sync,
     ("task", "export"): Export,
     ("task", "zoo"): Zoo,
+    ("task", "throughput"): Throughput,
 }

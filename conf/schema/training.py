@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-
 Clip = Enum("Clip", {"parameter": "parameter", "global": "global", "none": "none"})  # `global` is a keyword of Python
 
 

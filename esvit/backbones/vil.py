@@ -139,9 +139,7 @@ class Vil(Backbone):
         """From the original, without the second names of tied projections. Projections that are not tied stay, and are refused."""
         local_names = {name: re.sub(r"\.(query|kv|proj)_global\.", r".\1.", name) for name in state}
         return {
-            name: value
-            for name, value in state.items()
-            if local_names[name] == name or not _are_tied(value, state.get(local_names[name]))
+            name: value for name, value in state.items() if local_names[name] == name or not _are_tied(value, state.get(local_names[name]))
         }
 
     def resize_positions(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
@@ -374,9 +372,7 @@ class SlidingChunkAttention(VilAttention):
     neighbours  which of the 3 x 3 chunks around its own a query sees, see `Vil`; `Vil.set_progress` may change it
     """
 
-    def __init__(
-        self, *, dim: int, heads: int, global_tokens: int, window: int, relative_positions: bool, neighbours: str, reach: str
-    ):
+    def __init__(self, *, dim: int, heads: int, global_tokens: int, window: int, relative_positions: bool, neighbours: str, reach: str):
         super().__init__(heads=heads, global_tokens=global_tokens, span=4 * window - 1 if relative_positions else None)
         self.window = window
         self.neighbours = neighbours

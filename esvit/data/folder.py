@@ -49,8 +49,11 @@ class FolderImages(ImageSet):
         self.class_names = [] if loose else folders if class_names is None else class_names
         unknown = sorted(set(folders) - set(self.class_names))
         if unknown and not loose:
-            raise OptionError(option, f"class folder '{unknown[0]}' is not among the {len(self.class_names)} classes of data.root",
-                              "give both sets the same class folders")
+            raise OptionError(
+                option,
+                f"class folder '{unknown[0]}' is not among the {len(self.class_names)} classes of data.root",
+                "give both sets the same class folders",
+            )
         label_of = {name: label for label, name in enumerate(self.class_names)}
         names: list[str] = list(loose)
         labels: list[int] = []

@@ -37,8 +37,9 @@ class PhotoPatches(Data):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.val_root is not None:
-            raise OptionError("data.val_root", f"'{self.val_root}' is not used: validation patches come from the same photos",
-                              "leave data.val_root out")
+            raise OptionError(
+                "data.val_root", f"'{self.val_root}' is not used: validation patches come from the same photos", "leave data.val_root out"
+            )
         for option in ("patch_size", "train_patches_per_photo", "val_patches_per_photo"):
             if getattr(self, option) < 1:
                 raise OptionError(f"data.{option}", f"{getattr(self, option)}", "use at least 1")
@@ -100,8 +101,11 @@ def _places(photo: Path, patch_size: int, count: int, from_left: bool) -> np.nda
         raise OptionError("data.root", f"photo '{photo}' cannot be read ({error})", "replace or remove it") from error
     first, end = (0, width * TRAIN_PERCENT // 100) if from_left else (width - width * VALIDATION_PERCENT // 100, width)
     if end - first < patch_size or height < patch_size:
-        raise OptionError("data.patch_size", f"photo '{photo.name}' leaves {end - first} x {height} pixels for patches of {patch_size}",
-                          f"use data.patch_size={min(end - first, height)} or larger photos")
+        raise OptionError(
+            "data.patch_size",
+            f"photo '{photo.name}' leaves {end - first} x {height} pixels for patches of {patch_size}",
+            f"use data.patch_size={min(end - first, height)} or larger photos",
+        )
     key = (zlib.crc32(os.fsencode(photo.name)), int(from_left))
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(PLACES_SEED, spawn_key=key)))
     lefts = rng.integers(first, end - patch_size, count, endpoint=True)

@@ -52,12 +52,18 @@ class ZipImages(ImageSet):
         except (zipfile.BadZipFile, OSError) as error:
             raise OptionError(option, f"'{self.path}' is not a readable zip archive ({error})", "make or copy the archive again") from error
         if not members:
-            raise OptionError(option, f"no image in '{self.path}' has a line in '{map_path}'",
-                              "write one line '<archive>@/<path in the archive><tab><label>' for each image")
+            raise OptionError(
+                option,
+                f"no image in '{self.path}' has a line in '{map_path}'",
+                "write one line '<archive>@/<path in the archive><tab><label>' for each image",
+            )
         for member in members:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-                raise OptionError(option, f"'{member.filename}' in '{self.path}' is encrypted or packed by a rare method",
-                                  "pack the archive again without compression (zip -0)")
+                raise OptionError(
+                    option,
+                    f"'{member.filename}' in '{self.path}' is encrypted or packed by a rare method",
+                    "pack the archive again without compression (zip -0)",
+                )
         self._names = PackedStrings(member.filename for member in members)
         self._offsets = np.array([member.header_offset for member in members], dtype=np.int64)
         self._sizes = np.array([member.compress_size for member in members], dtype=np.int64)
@@ -116,10 +122,16 @@ def _read_map(path: str, option: str) -> dict[str, int]:
             _, at, member = place.partition("@")
             label = columns[0].strip() if columns else ""
             if not at or not label.isdecimal():
-                raise OptionError(option, f"{path} line {number} is malformed: '{line.strip()[:80]}'",
-                                  "write '<archive>@/<path in the archive><tab><label>' with a label from 0 upwards")
+                raise OptionError(
+                    option,
+                    f"{path} line {number} is malformed: '{line.strip()[:80]}'",
+                    "write '<archive>@/<path in the archive><tab><label>' with a label from 0 upwards",
+                )
             member = member.removeprefix("/")
             if label_of.setdefault(member, int(label)) != int(label):
-                raise OptionError(option, f"{path} line {number} gives '{member}' label {label}, an earlier line {label_of[member]}",
-                                  "give each image one label")
+                raise OptionError(
+                    option,
+                    f"{path} line {number} gives '{member}' label {label}, an earlier line {label_of[member]}",
+                    "give each image one label",
+                )
     return label_of

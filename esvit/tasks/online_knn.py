@@ -41,14 +41,22 @@ class OnlineKnn:
             return None
         validation = data.validation()
         if validation is None:
-            raise OptionError("data.val_root", "is not set, but task.online_knn.every_epochs asks for k-NN", "give the validation folder, or set it to 0")
+            raise OptionError(
+                "data.val_root", "is not set, but task.online_knn.every_epochs asks for k-NN", "give the validation folder, or set it to 0"
+            )
         if train.labels is None or validation.labels is None:
-            raise OptionError("task.online_knn.every_epochs", "k-NN needs labels, and the images have none", "set it to 0, or give folders with one sub-folder per class")
+            raise OptionError(
+                "task.online_knn.every_epochs",
+                "k-NN needs labels, and the images have none",
+                "set it to 0, or give folders with one sub-folder per class",
+            )
         if validation.class_names != train.class_names:
             raise OptionError("data.val_root", "its classes are not those of data.root", "give both the same class folders")
         count = min(len(train), self.max_train_images)
         if count < self.neighbours:
-            raise OptionError("task.online_knn.neighbours", f"{self.neighbours} neighbours among {count} training images", f"use at most {count}")
+            raise OptionError(
+                "task.online_knn.neighbours", f"{self.neighbours} neighbours among {count} training images", f"use at most {count}"
+            )
         return LabelledSplit(self, data, train, validation)
 
 

@@ -36,7 +36,8 @@ def plan_lines(
         f"parameters     {_millions(backbone)} backbone, {_millions(network)} with heads",
         f"prototypes     {prototypes} x {bottleneck_dim}, {prototype_matrices} head{'s' if prototype_matrices > 1 else ''}, "
         f"about {prototype_megabytes:.0f} MB with gradient and optimizer state",
-        f"images         {images}, {images_per_step} per step ({batch_size} x {runtime.world_size} processes x {accumulation} micro-batches)",
+        f"images         {images}, {images_per_step} per step "
+        f"({batch_size} x {runtime.world_size} processes x {accumulation} micro-batches)",
         f"steps          {first_line}{steps}, {schedules.steps_per_epoch} per epoch, {schedules.epochs} epochs",
         f"learning rate  {schedules.learning_rate:.3g} at its peak (scaled to {images_per_step} images per step)",
         f"checkpoint     every {checkpoint_every} steps, on a signal, and at the end",

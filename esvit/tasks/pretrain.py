@@ -32,7 +32,7 @@ from esvit.evaluation.health import diagnose, health_signs
 from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions
-from esvit.optimizers import AdamW, LARS, SGD
+from esvit.optimizers import LARS, SGD, AdamW
 from esvit.published import load_networks, read_networks
 from esvit.records import Views
 from esvit.run_folder import RunFolder, write_atomically
@@ -316,7 +316,9 @@ class _Run:
             return
         saved = ""
         if self.meter.was_bad_here() or not any(distributed.gather_objects(self.meter.was_bad_here())) and self.runtime.is_main:
-            saved = str(save_bad_batch(folder=self.runtime.folder, rank=self.runtime.rank, step=step, loader=self.loader, images=self.images))
+            saved = str(
+                save_bad_batch(folder=self.runtime.folder, rank=self.runtime.rank, step=step, loader=self.loader, images=self.images)
+            )
         reports = ", ".join(filter(None, distributed.gather_objects(saved)))
         raise NonFiniteLoss(
             "optimizer.learning_rate",
@@ -338,7 +340,12 @@ class _Run:
                 "step": done,
                 "record_is_due": record_is_due,
                 "meters": meters,
-                "sampler": {"epoch": epoch, "step_of_epoch": step_of_epoch, "images_per_step": self.loader.images_per_step, "images": len(self.images)},
+                "sampler": {
+                    "epoch": epoch,
+                    "step_of_epoch": step_of_epoch,
+                    "images_per_step": self.loader.images_per_step,
+                    "images": len(self.images),
+                },
                 "rng": rng,
                 "threads": self.runtime.threads,
                 "config": self.config,
@@ -359,7 +366,9 @@ class _Run:
             self.tracker.resume(self.first_step)
             return self.first_step, False
         if state["sampler"]["images"] != len(self.images):
-            raise OptionError("data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images")
+            raise OptionError(
+                "data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images"
+            )
         if state["sampler"]["images_per_step"] != self.loader.images_per_step:
             raise OptionError(
                 "launcher.processes",

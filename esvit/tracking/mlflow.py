@@ -16,7 +16,9 @@ import math
 import os
 import posixpath
 import re
+import shutil
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -87,6 +89,15 @@ def check_uri(uri: str) -> str:
             raise OptionError("tracking.uri", f"{uri!r} names no database file", remedy)
         return f"sqlite:///{os.path.abspath(path)}"
     return uri.rstrip("/")
+
+
+def _mlflow_program() -> str:
+    """What to type for the `mlflow` of this environment, which need not be an active one."""
+    beside_python = Path(sys.executable).with_name("mlflow")
+    if shutil.which("mlflow") is not None or not beside_python.exists():
+        return "mlflow"
+    here = Path.cwd()
+    return str(beside_python.relative_to(here) if beside_python.is_relative_to(here) else beside_python)
 
 
 def _database(uri: str) -> Path | None:
@@ -309,7 +320,7 @@ class MlflowTracker(LocalTracker):
     @property
     def view_command(self) -> str | None:  # type: ignore[override]
         uri = self._state.state.uri or ""
-        return None if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        return None if uri.startswith("http") else f"{_mlflow_program()} ui --backend-store-uri {uri}"
 
     def resume(self, step: int) -> None:
         with self._offset_lock:

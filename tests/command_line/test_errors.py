@@ -1,5 +1,6 @@
 """A user's mistake is told in one line that names the option and the remedy, with exit code 1, before any work and any run folder."""
 
+import re
 import subprocess
 import sys
 
@@ -140,8 +141,11 @@ def test_help_and_mistyped_keys_import_no_torch(tmp_path):
     assert wrong_choice.startswith("error: backbone: there is no 'resnet51'")
     assert imported == "['hydra']"
     shown = "\n".join(printed)
+    groups = shown.partition("\ngroups:\n")[2].partition("\n\n")[0]
     for folder in sorted(path for path in (ROOT / "conf").iterdir() if list(path.glob("*.yaml"))):
-        line = next(line for line in printed if line.split()[:1] == [folder.name])
-        assert [each.strip(",") for each in line.split()[1:]] == sorted(file.stem for file in folder.glob("*.yaml"))
+        listed = re.search(rf"^  {folder.name} (.*(?:\n    .*)*)", groups, re.MULTILINE)
+        assert listed is not None
+        choices = [str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")]
+        assert sorted(each.strip() for each in listed[1].split(",")) == sorted(choices)
     for option in ("device", "precision", "seed", "epochs", "max_steps", "checkpoint_every", "checkpoint", "output_dir"):
         assert f"\n  {option} " in shown

@@ -26,7 +26,7 @@ AT_RUN_TIME = {"esvit.schedules.Schedules": {"epochs", "steps_per_epoch", "learn
 
 
 def presets(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
 
 
 def schemas() -> Iterator[Any]:

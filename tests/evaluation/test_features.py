@@ -73,8 +73,6 @@ def test_two_overlapping_shards_become_one_set() -> None:
 def test_an_unreadable_image_leaves_a_gap_in_the_places() -> None:
     backbone, crops = swin(), images(4)
     kept = torch.tensor([3, 0, 2])
-    features, places = extract_features(
-        backbone=backbone, batches=[(crops[kept], kept)], normalize=normalize, device=torch.device("cpu")
-    )
+    features, places = extract_features(backbone=backbone, batches=[(crops[kept], kept)], normalize=normalize, device=torch.device("cpu"))
     assert places.tolist() == [0, 2, 3]
     torch.testing.assert_close(features, backbone.eval()(normalize(crops[places])).pooled.detach())
