@@ -45,7 +45,8 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, MissingConfigException):
         return _unknown_choice(cause)
     if isinstance(cause, OverrideParseException):
-        return f"'{cause.override}': cannot be read as an override ({_first_sentence(cause)}); write option=value, quoted if it holds spaces or brackets"
+        remedy = "write option=value, quoted if it holds spaces or brackets"
+        return f"'{cause.override}': cannot be read as an override ({_first_sentence(cause)}); {remedy}"
     return f"{_first_sentence(cause)}; see python run.py --help"
 
 
