@@ -314,12 +314,11 @@ class _Run:
         step = self.meter.first_bad_step()
         if step is None:
             return
-        saved = ""
-        if self.meter.was_bad_here() or not any(distributed.gather_objects(self.meter.was_bad_here())) and self.runtime.is_main:
-            saved = str(
-                save_bad_batch(folder=self.runtime.folder, rank=self.runtime.rank, step=step, loader=self.loader, images=self.images)
-            )
-        reports = ", ".join(filter(None, distributed.gather_objects(saved)))
+        bad_ranks = [rank for rank, bad in enumerate(distributed.gather_objects(self.meter.was_bad_here())) if bad]
+        saved = None
+        if self.runtime.rank in (bad_ranks or [0]):  # no rank's loss was bad: the gradient was, which all ranks share
+            saved = save_bad_batch(folder=self.runtime.folder, rank=self.runtime.rank, step=step, loader=self.loader, images=self.images)
+        reports = ", ".join(str(path) for path in distributed.gather_objects(saved) if path is not None)
         raise NonFiniteLoss(
             "optimizer.learning_rate",
             f"loss or gradient was not finite in step {step + 1}; no update was made from there on, the batch is in {reports}",
