@@ -79,6 +79,8 @@ def test_parameters_of_a_linear_layer_are_its_weights_and_biases():
 def test_peak_memory_is_of_the_tensors_that_live_at_once():
     """A chain of layers holds the input of the layer at work and its output, beside weights and images; views cost nothing."""
     layers = [nn.Linear(10, 20), nn.Unflatten(1, (4, 5)), nn.Flatten(), nn.Linear(20, 30), nn.ReLU(inplace=True), nn.Linear(30, 1)]
+    images = torch.zeros(100, 10)
+    weights = 10 * 20 + 20 + 20 * 30 + 30 + 30 * 1 + 1
     assert peak_bytes(nn.Sequential(*layers), images) == 4 * (weights + 100 * 10 + 100 * (20 + 30))
 
 
