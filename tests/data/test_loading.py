@@ -8,6 +8,8 @@ import random
 import select
 import signal
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from esvit.errors import OptionError
 from esvit.records import Views
 from tests.data.pictures import CornerAndNoise, write_classes
 
+ROOT = Path(__file__).parents[2]
 COUNT = 21  # images: two steps of 8 and five left over
 
 
@@ -227,9 +230,9 @@ def test_a_stop_signal_to_the_whole_process_group_leaves_the_loading_processes_a
     assert worker.exitcode == 0
 
 
-def load_and_end(images, killed):
+def load_and_end(root: str, killed: bool) -> None:
     """What a rank does: it ends while its loading processes are busy."""
-    stream = loader(images, batch_size=2, workers=2).from_step(0)
+    stream = loader(FolderImages(root, option="data.root", class_names=None), batch_size=2, workers=2).from_step(0)
     next(stream)
     STREAMS.append(stream)
     if killed:
@@ -240,16 +243,15 @@ STREAMS: list = []  # still open at the end of the process
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_no_loading_process_outlives_or_holds_up_the_training_process(images, killed):
+def test_no_loading_process_outlives_or_holds_up_the_training_process(files, tmp_path, killed):
     reading, writing = os.pipe()  # inherited by every process below; read to its end once the last of them is gone
-    process = multiprocessing.get_context("fork").Process(target=load_and_end, args=(images, killed))
-    process.start()
+    call = f"from tests.data.test_loading import load_and_end; load_and_end({str(tmp_path / 'images')!r}, {killed})"
+    process = subprocess.Popen([sys.executable, "-c", call], pass_fds=[writing], cwd=ROOT)  # a fork of the tests would inherit their locks
     os.close(writing)
-    readable, _, _ = select.select([reading], [], [], 60)
+    readable, _, _ = select.select([reading], [], [], 120)
     assert readable and os.read(reading, 1) == b""
     os.close(reading)
-    process.join()
-    assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    assert process.wait() == (-signal.SIGKILL if killed else 0)
 
 
 class KillsItsProcess(CornerAndNoise):
