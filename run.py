@@ -19,9 +19,11 @@ def main() -> None:
     import hydra
 
     import conf.schema
+    from conf import shorthand
     from conf.explain import mistakes_in_one_line
 
     conf.schema.register()
+    sys.argv[1:] = shorthand.expand(sys.argv[1:])
     with mistakes_in_one_line():
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(launch)()
 

@@ -41,6 +41,7 @@ def text() -> str:
         *_options((_CONF / "schema" / "root.py").read_text()),
         "",
         "options of a group are GROUP.OPTION, e.g. data.root, schedule.warmup_epochs, augmentation.local_crops_number;",
+        "those of the task also go by their own name, e.g. log_every=50 for task.log_every=50;",
         "conf/schema/ has them all with their meaning, `python run.py --cfg job [overrides]` prints the composed values.",
     ]
     return "\n".join(lines)

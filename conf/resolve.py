@@ -94,7 +94,7 @@ def _refuse_unknown(node: DictConfig, prefix: str) -> None:
 
 def remedy_for_unknown(name: str, known: list[str]) -> str:
     """What to type instead of the unknown option `name`, where its neighbours are `known`."""
-    known = [each for each in known if not each.rsplit(".", 1)[-1].startswith("_")]
+    known = [each for each in known if not each.rsplit(".", 1)[-1].startswith("_") and each != "hydra"]
     elsewhere = _choices_that_know(name)
     if elsewhere:
         return f"it is an option of {' or '.join(elsewhere[:3])}"

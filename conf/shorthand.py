@@ -1,0 +1,25 @@
+"""Options of the chosen task may be typed without `task.`: `task=zoo model=swin_tiny_w7_vr` is `task=zoo task.model=swin_tiny_w7_vr`."""
+
+import dataclasses
+
+from conf.schema import root, tasks
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """The command line with `task.` before every option that belongs to the task and to nothing else."""
+    choices = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
+    schema = tasks.SCHEMAS.get(("task", choices[-1] if choices else "pretrain"))
+    if schema is None:
+        return arguments
+    own = _names(schema) - _names(root.Root)
+    return [f"task.{argument}" if _option(argument) in own else argument for argument in arguments]
+
+
+def _option(argument: str) -> str | None:
+    """The first part of the name in `name.of.option=value`; None for anything else."""
+    name, equals, _ = argument.partition("=")
+    return name.partition(".")[0] if equals else None
+
+
+def _names(schema: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema) if not field.name.startswith("_")}
