@@ -44,7 +44,6 @@ BUILDERS: dict[str, Callable[[str], Backbone]] = {
     **dict.fromkeys(VIT, vit_without_values),
     "resnet50": resnet_without_values,
 }
-WITH_VALUES = ["swin_tiny_w7", "swin_tiny_w14", "cvt_tiny_s1", "cvt_s1_rpe_w14", "vil_2262", "deit_tiny", "resnet50"]
 
 
 def network_without_values(model: str, *, prototypes: int) -> MultiCropNetwork:
@@ -109,7 +108,7 @@ def test_every_entry_of_a_published_layout_finds_its_place(model):
     assert sum(parameter.numel() for parameter in student.parameters()) == layout["n_params_total"]
 
 
-@pytest.mark.parametrize("model", WITH_VALUES)
+@pytest.mark.parametrize("model", BUILDERS)
 def test_a_full_checkpoint_gives_the_golden_features(model, goldens, tmp_path):
     golden, path = goldens.case(f"arch_{model}"), original_file(goldens, model, tmp_path / "checkpoint.pth")
     student, teacher = (network_without_values(model, prototypes=FEW).to_empty(device="cpu") for _ in range(2))

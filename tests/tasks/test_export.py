@@ -112,10 +112,29 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Swin, Path, Tensor]
     return network, saved(network, network, tmp_path_factory.mktemp("small")), images
 
 
-def test_onnx_runs_in_onnxruntime_for_any_number_of_images(small: tuple[Swin, Path, Tensor], tmp_path: Path) -> None:
+def originals(network: Swin, path: Path) -> Path:
+    """A full checkpoint of `network` as the original saves it."""
+    backbone = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    head = {
+        "head.mlp.0.weight": torch.zeros(4, network.dim),
+        "head.last_layer.weight_g": torch.ones(6, 1),
+        "head.last_layer.weight_v": torch.ones(6, 4),
+    }
+    index = {"backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
+    state = backbone | head | index
+    content = {"student": {f"module.{name}": value for name, value in state.items()}, "teacher": state, "epoch": 300}
+    content |= {"dino_loss": {"center": torch.zeros(1, 6)}, "args": argparse.Namespace(arch="swin_tiny")}
+    torch.save(content, path)
+    return path
+
+
+def test_onnx_of_an_original_checkpoint_runs_in_onnxruntime_for_any_number_of_images(
+    small: tuple[Swin, Path, Tensor], tmp_path: Path
+) -> None:
     import onnxruntime
 
-    network, checkpoint, images = small
+    network, _, images = small
+    checkpoint = originals(network, tmp_path / "checkpoint.pth")
     file = export(Swin(**DEMO), checkpoint, tmp_path / "out", format="onnx", image_size=32) / "model.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for some in (images, images[:1]):
@@ -177,18 +196,7 @@ def test_hugging_face_loads_the_folder(checkpoint: Path, images: Tensor, expecte
 
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_the_originals_checkpoints_are_exported_too(teacher: Swin, images: Tensor, expected: Features, tmp_path: Path, format: str) -> None:
-    backbone = {f"backbone.{name}": value for name, value in teacher.state_dict().items()}
-    head = {
-        "head.mlp.0.weight": torch.zeros(4, 192),
-        "head.last_layer.weight_g": torch.ones(6, 1),
-        "head.last_layer.weight_v": torch.ones(6, 4),
-    }
-    index = {"backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
-    network = backbone | head | index
-    content = {"student": {f"module.{name}": value for name, value in network.items()}, "teacher": network, "epoch": 300}
-    content |= {"dino_loss": {"center": torch.zeros(1, 6)}, "args": argparse.Namespace(arch="swin_tiny")}
-    torch.save(content, tmp_path / "checkpoint.pth")
-    folder = export(fresh(), tmp_path / "checkpoint.pth", tmp_path / "out", format=format)
+    folder = export(fresh(), originals(teacher, tmp_path / "checkpoint.pth"), tmp_path / "out", format=format)
     with torch.no_grad():
         if format == "timm":
             loaded = by_the_card(folder, {})["network"].eval()
