@@ -8,8 +8,9 @@ What kind of file it is shows in its keys:
     plain           a backbone's entries, by themselves or under `model` or `state_dict`; or one network's of the kinds above
 
 Unusual: nothing here knows an architecture. A backbone translates names by `Backbone.from_published` and resizes its tables of positions by
-`Backbone.resize_positions`. Left out are only integer buffers (indices that we compute) and the classifier of a supervised network;
-everything else must fit, and what begins anew (`fresh_heads`) is asked for, never assumed.
+`Backbone.resize_positions`; `recognise` names the one in a file that does not fit. Left out are only integer buffers (indices that we
+compute) and the classifier of a supervised network; everything else must fit, and what begins anew (`fresh_heads`) is asked for, never
+assumed.
 """
 
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit.backbones.base import Backbone
+from esvit.backbones.recognise import recognise
 from esvit.checkpoints import SAME_NETWORK, load_checkpoint_file, strict_load
 from esvit.errors import OptionError
 from esvit.networks import MultiCropNetwork
@@ -101,11 +103,12 @@ def read_networks(path: Path | str) -> SavedNetworks:
 def load_backbone(backbone: Backbone, path: Path | str, *, which: str, resize_positions: bool) -> SavedNetworks:
     """Load the weights of the student's or teacher's backbone (`which`) from a file, strictly; what an evaluation starts from.
 
-    Raises OptionError, with missing, unexpected and mis-shaped entries, if they do not fit.
+    Raises OptionError, with the architecture that the file holds and missing, unexpected and mis-shaped entries, if they do not fit.
     """
     saved = read_networks(path)
-    state, resizable = _fitting(backbone, saved.network(which).backbone, resize_positions)
-    strict_load(backbone, state, option="checkpoint", what=_what("backbone", saved), remedy=_remedy([], resizable))
+    published = saved.network(which).backbone
+    state, resizable = _fitting(backbone, published, resize_positions)
+    _load(backbone, state, what=_what("backbone", saved), remedy=_remedy([], resizable), held=_held(backbone, state, published))
     return saved
 
 
@@ -117,7 +120,8 @@ def load_networks(
     fresh_heads       "none", "region" (a view-only checkpoint goes on with view and region losses) or "all" (a backbone alone)
     resize_positions  resize tables of positions that were made for other windows or another image size
 
-    Raises OptionError, with missing, unexpected and mis-shaped entries, if they do not fit.
+    Raises OptionError, with missing, unexpected and mis-shaped entries, if they do not fit, and with the architecture that the file holds
+    if the backbone is what does not.
     """
     fresh = FRESH[fresh_heads]
     if fresh_heads == "region" and not any(name.startswith(fresh) for name in student.state_dict()):
@@ -127,8 +131,8 @@ def load_networks(
     for name, network, weights in (("student", student, saved.student), ("teacher", teacher, saved.teacher)):
         backbone, resizable = _fitting(network.backbone, weights.backbone, resize_positions)
         state = {f"backbone.{entry}": value for entry, value in backbone.items()} | weights.heads
-        _load_but(network, state, fresh, saved, name, resizable)
-    _load_but(loss, saved.centers, fresh, saved, "loss", [])
+        _load_but(network, state, fresh, saved, name, resizable, _held(network.backbone, backbone, weights.backbone))
+    _load_but(loss, saved.centers, fresh, saved, "loss", [], None)
 
 
 def split(state: State) -> NetworkWeights:
@@ -146,13 +150,33 @@ def split(state: State) -> NetworkWeights:
     )
 
 
-def _load_but(module: nn.Module, state: State, fresh: tuple[str, ...], saved: SavedNetworks, name: str, resizable: list[str]) -> None:
+def _load_but(
+    module: nn.Module, state: State, fresh: tuple[str, ...], saved: SavedNetworks, name: str, resizable: list[str], held: str | None
+) -> None:
     """Strictly, but for entries that begin with one of `fresh`: they stay."""
     here = module.state_dict()
     state = {entry: value for entry, value in state.items() if not entry.startswith(fresh)}
     state |= {entry: value for entry, value in here.items() if entry.startswith(fresh)}
     missing = [entry for entry in here if entry not in state]
-    strict_load(module, state, option="checkpoint", what=_what(name, saved), remedy=_remedy(missing, resizable))
+    _load(module, state, what=_what(name, saved), remedy=_remedy(missing, resizable), held=held)
+
+
+def _load(module: nn.Module, state: State, *, what: str, remedy: str, held: str | None) -> None:
+    """`strict_load`; its error begins with what the file holds, if that is given."""
+    try:
+        strict_load(module, state, option="checkpoint", what=what, remedy=remedy)
+    except OptionError as error:
+        if held is None:
+            raise
+        option, found, remedy = error.args
+        raise OptionError(option, f"the file holds {held}, and {found}", remedy) from None
+
+
+def _held(backbone: Backbone, state: State, published: State) -> str | None:
+    """The architecture of `published`, if that can be told and `state`, the same in the names of `backbone`, does not fit."""
+    here = {name: value.shape for name, value in backbone.state_dict().items()}
+    there = {name: value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
+    return recognise(published) if here != there else None
 
 
 def _fitting(backbone: Backbone, published: State, resize_positions: bool) -> tuple[State, list[str]]:

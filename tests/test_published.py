@@ -308,13 +308,28 @@ def test_another_architecture_lists_what_is_missing_unexpected_and_mis_shaped(vi
     build = partial(swin, depths=[2, 1], dim=16)
     assert_refused(
         view_file,
-        "checkpoint: the weights of the student of the original (--arch swin_tiny --cfg experiments/some.yaml) do not fit: ",
+        "checkpoint: the file holds a Swin with dim=8 depths=[2,2] heads=[2,4] window_size=4 patch_size=4, and ",
+        "the weights of the student of the original (--arch swin_tiny --cfg experiments/some.yaml) do not fit: ",
         "13 unexpected (backbone.layers.1.blocks.1.",
         "of another shape (backbone.patch_embed.proj.weight (8, 3, 4, 4) instead of (16, 3, 4, 4), ",
         "use the backbone, head and loss that the checkpoint was made with",
         regions=False,
         backbone=build,
     )
+
+
+def test_the_error_names_the_backbone_of_the_file_only_where_the_backbone_does_not_fit(view_file, tmp_path):
+    plain = saved(tmp_path, {"model": vit().state_dict()}, "plain.pth")
+    with pytest.raises(OptionError) as caught:
+        load_backbone(swin(), plain, which="teacher", resize_positions=False)
+    assert str(caught.value).startswith(
+        "checkpoint: the file holds a ViT with dim=16 depth=2 patch_size=8 image_size=32, and the weights of "
+    )
+    unknown = saved(tmp_path, timm_by_name().state_dict(), "unknown.pth")
+    for path in (view_file, unknown):  # the first lacks a region head only
+        with pytest.raises(OptionError) as caught:
+            load(path)
+        assert str(caught.value).startswith("checkpoint: the weights of the student")
 
 
 def test_a_head_that_is_missing_or_too_much_is_refused_with_the_remedy(view_file, region_file, tmp_path):
