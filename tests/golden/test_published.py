@@ -116,11 +116,10 @@ def test_a_full_checkpoint_gives_the_golden_features(model, goldens, tmp_path):
     saved = read_networks(path)
     assert saved.epoch == 300
     load_networks(saved, student=student, teacher=teacher, loss=loss, fresh_heads="none", resize_positions=False)
+    side = 96 if "pooled_96" in golden else 224  # one is enough: that the network is right at both, its own golden test says
     with torch.inference_mode():
-        for side in (224, 96):
-            if f"pooled_{side}" in golden:
-                pooled = teacher.eval().backbone(goldens.input(f"img{side}", (2, 3, side, side))).pooled
-                assert_close(pooled, golden[f"pooled_{side}"], absolute=2e-5, relative_l2=5e-6)
+        pooled = teacher.eval().backbone(goldens.input(f"img{side}", (2, 3, side, side))).pooled
+    assert_close(pooled, golden[f"pooled_{side}"], absolute=2e-5, relative_l2=5e-6)
     assert all((parameter == 0.25).all() for parameter in student.parameters())
     for ours, theirs in (("region_head.mlp.4.weight", "head_dense.mlp.4.weight"), ("view_prototypes.weight_g", "head.last_layer.weight_g")):
         value = teacher.state_dict()[ours]
