@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens on training runs, not on GenAI traces
 _POLL_SECONDS = 2.0  # how often the thread looks for something to send
 _LONGEST_PAUSE_SECONDS = 60.0  # between attempts to reach a store that does not answer
 _LAST_ATTEMPTS = 2  # after `close`
@@ -189,7 +188,7 @@ class RunSender:
         database = _database(state.uri or "")
         location = (database.parent / "mlartifacts").as_uri() if database else None
         try:
-            return client.create_experiment(state.experiment_name, artifact_location=location, tags=_EXPERIMENT_TAGS)
+            return client.create_experiment(state.experiment_name, artifact_location=location)
         except MlflowException:
             if (experiment := client.get_experiment_by_name(state.experiment_name)) is None:
                 raise
