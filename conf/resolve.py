@@ -71,7 +71,7 @@ def _drop_references(raw: dict[Any, Any], plain: dict[str, Any], *, top: bool = 
     for key, value in plain.items():
         source = raw[key]
         is_reference = isinstance(source, str) and source.startswith("${") and source.endswith("}") and not top
-        if is_reference or key in ("_target_", "_partial_") or value is None and key == "experiment":
+        if is_reference or key in ("_target_", "_partial_"):
             continue
         kept[key] = _drop_references(source, value) if isinstance(value, dict) and isinstance(source, dict) else value
     return kept

@@ -10,6 +10,7 @@ Unusual here:
   layer); zeros give the same numbers without either. It also makes every checkpoint complete, so that loading can be strict.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -187,7 +188,7 @@ class StudentOptimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Optimizer:
+class _Optimizer(ABC):
     """What every optimizer has.
 
     learning_rate  peak for a global batch of 256 images; the schedules take it scaled to the real batch
@@ -218,8 +219,9 @@ class _Optimizer:
         scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         return StudentOptimizer(groups, optimizer, clip=self.clip, clip_norm=self.clip_norm, scaler=scaler)
 
+    @abstractmethod
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        raise NotImplementedError
+        """Torch's optimizer over `groups`, which honours `found_inf`."""
 
     def _fresh_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(parameter)}

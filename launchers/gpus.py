@@ -82,10 +82,9 @@ def _wait(ranks: list[subprocess.Popen], grace_seconds: float) -> int:
 def _tell_failures(scratch: Path, folder: Path) -> None:
     """Each distinct message once; the whole texts go into the run folder, if the run got as far as to have one."""
     texts = sorted(scratch.glob("rank_*.txt"))
-    if folder.exists():
-        (folder / "errors").mkdir(exist_ok=True)
-        for old in (folder / "errors").glob("rank_*.txt"):
-            old.unlink()
+    shutil.rmtree(folder / "errors", ignore_errors=True)  # of an earlier attempt
+    if texts and folder.exists():
+        (folder / "errors").mkdir()
         for text in texts:
             shutil.copy(text, folder / "errors")
     for message in dict.fromkeys(text.read_text().strip().splitlines()[-1] for text in texts):

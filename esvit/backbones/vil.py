@@ -13,6 +13,7 @@ itself whether it slides, and local and global projections have one name instead
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import cast
@@ -292,7 +293,7 @@ class VilMlpBlock(nn.Module):
         return tokens + self.drop_path(self.mlp(self.norm(tokens)))
 
 
-class VilAttention(nn.Module):
+class VilAttention(nn.Module, ABC):
     """What full and sliding attention share: the biases of global tokens, and their rows of the attention.
 
     span  differences of position along one axis that the bias tells apart, or None for no bias at all
@@ -309,13 +310,13 @@ class VilAttention(nn.Module):
                 self.g2l_relative_position_bias = _table(2, heads, global_tokens)
                 self.g2g_relative_position_bias = _table(heads, global_tokens, global_tokens)
 
+    @abstractmethod
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, g + N, d) -> the same shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, g + N, d) -> softmax weights (B, heads, g + N, g + N), query by key."""
-        raise NotImplementedError
 
     def _bias_of_globals(self, cells: int) -> Tensor | None:
         """(heads, g, g + N): what the scores of global queries get."""
