@@ -23,8 +23,8 @@ def main() -> None:
     from conf.explain import mistakes_in_one_line
 
     conf.schema.register()
-    sys.argv[1:] = shorthand.expand(sys.argv[1:])
     with mistakes_in_one_line():
+        sys.argv[1:] = shorthand.expand(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(launch)()
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import inputs, models, running, tasks, training
@@ -35,8 +36,10 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     options = _plain(config, resolve=True)
     options["output_dir"] = _folder(options["output_dir"], is_fresh="${now" in references["output_dir"])
     has_run_folder = options["task"].pop("has_run_folder")
+    choices = HydraConfig.get().runtime.choices
     of_the_run = {key: value for key, value in options.items() if key in used or not isinstance(value, dict)}
     options["chosen"] = _drop_references(references, of_the_run, top=True)
+    options["chosen"]["choices"] = {name: choice for name, choice in choices.items() if name in used}
     options["has_run_folder"] = has_run_folder
     return options
 

@@ -1,12 +1,21 @@
-"""Options of the chosen task may be typed without `task.`: `task=zoo model=swin_tiny_w7_vr` is `task=zoo task.model=swin_tiny_w7_vr`."""
+"""What may be typed more briefly: options of the chosen task without `task.`, and `of=RUN_FOLDER` (see conf.evaluated).
+
+`task=zoo model=swin_tiny_w7_vr` is `task=zoo task.model=swin_tiny_w7_vr`.
+"""
 
 import dataclasses
 
+from conf.evaluated import take_over
 from conf.schema import root, tasks
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """The command line with `task.` before every option that belongs to the task and to nothing else."""
+    """The command line in full. Raises OptionError for an `of` that holds no run."""
+    return take_over(_with_task(arguments))
+
+
+def _with_task(arguments: list[str]) -> list[str]:
+    """`task.` before every option that belongs to the task and to nothing else."""
     choices = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
     schema = tasks.SCHEMAS.get(("task", choices[-1] if choices else "pretrain"))
     if schema is None:

@@ -33,3 +33,14 @@ class Interrupted(Exception):
     def exit_code(self) -> int:
         """128 + signal number, as shells report it."""
         return 128 + self.signal_number
+
+
+class Stopped(Interrupted):
+    """A signal stopped work that keeps no state on its way."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number, 0)
+        self.args = (signal_number,)  # the same as __init__'s, so that it pickles across processes
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signal_number).name}, nothing measured; the same command begins anew"

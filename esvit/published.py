@@ -66,6 +66,7 @@ class SavedNetworks:
     student, teacher  where the file has one network only, both are that one
     centers           `center` and `center_region`, as far as the file has them
     epoch             completed epochs, or None if the file does not say
+    step              completed optimizer steps, or None if the file does not say
     """
 
     origin: str
@@ -73,6 +74,7 @@ class SavedNetworks:
     teacher: NetworkWeights
     centers: State
     epoch: int | None
+    step: int | None
 
     def network(self, which: str) -> NetworkWeights:
         """ "student" or "teacher"."""
@@ -97,6 +99,7 @@ def read_networks(path: Path | str) -> SavedNetworks:
         teacher=networks.get("teacher", first),
         centers=_in_our_names(centers) if isinstance(centers, dict) else {},
         epoch=_completed_epochs(content),
+        step=content["step"] if isinstance(content.get("step"), int) else None,
     )
 
 
@@ -212,7 +215,7 @@ def _what(name: str, saved: SavedNetworks) -> str:
 
 
 def _origin(content: dict[str, Any]) -> str:
-    if "loss" in content and "step" in content:
+    if "step" in content and ("loss" in content or "config" in content):
         return OURS
     if "dino_loss" not in content:
         return "another program"

@@ -163,6 +163,10 @@ class Runtime:
         self._pending_vote = (votes, work)
         return agreed
 
+    def stop_signal_here(self) -> int:
+        """The signal that this rank got, or 0: for work that ends without the others' consent, all ranks being told alike."""
+        return self._signal
+
     def peak_memory_gb(self) -> float:
         """High-water mark of this process: allocated device memory on a GPU, resident memory otherwise."""
         if self.device.type == "cuda":

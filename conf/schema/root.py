@@ -1,6 +1,6 @@
 """The options of every task, and the groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -50,6 +50,10 @@ class Root:
     max_steps: int | None = None  # stop early after this many optimizer steps in all; the schedules keep their length
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
     checkpoint: str | None = None  # a checkpoint file to start from, ours or a published one; the run's own checkpoint comes first
+    of: str | None = None  # evaluations: folder of the run that gives backbone, images and checkpoint; its MLflow run gets the results
+    evaluate_every: int = 0  # epochs between teachers that are kept in teachers/ and evaluated by `evaluate`; 0 means never
+    evaluate: list[str] = field(default_factory=lambda: ["knn"])  # evaluations of each kept teacher: a task, and its options after spaces
+    then: list[str] = field(default_factory=list)  # evaluations after the end of training, e.g. [knn,'linear epochs=50']
     start_epoch: int = 0  # with `checkpoint`: the epoch (from 0) at which schedules and data order begin
     fresh_heads: FreshHeads = FreshHeads.none  # heads (with prototypes and centre) not from `checkpoint` but anew: none, region or all
     resize_positions: bool = False  # resize tables of positions (bicubic) from `checkpoint` made with other windows or another image size

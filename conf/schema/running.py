@@ -34,12 +34,14 @@ class Mlflow:
     experiment_name: str = "esvit"  # the MLflow experiment that the run belongs to
     run_name: str = "${name}"
     tags: dict[str, str] = field(default_factory=dict)  # further tags of the run
+    host: str | None = "${of}"
     close_timeout_seconds: float = 30.0  # how long the end of a run waits for a slow server; task=sync sends the rest
 
 
 @dataclass
 class NoTracking:
     _target_: str = "esvit.tracking.base.NoTracking"
+    host: str | None = "${of}"
 
 
 SCHEMAS = {

@@ -16,24 +16,27 @@ from esvit.errors import OptionError
 class EvaluationCrop:
     """The short side resized to `resize` pixels (bicubic), then the central square of `crop` pixels. Published: 256 and 224.
 
-    Raises OptionError unless 1 <= crop <= resize.
+    Raises OptionError, naming `option`, unless 1 <= crop <= resize.
     """
 
-    def __init__(self, *, resize: int, crop: int):
+    def __init__(self, *, resize: int, crop: int, option: str = "task.online_knn.crop"):
         if not 1 <= crop <= resize:
             found = f"a crop of {crop} pixels from a short side of {resize}"
-            raise OptionError("task.online_knn.crop", found, "use 1 <= crop <= resize")
+            raise OptionError(option, found, "use 1 <= crop <= resize")
         self._resize = resize
-        self._crop = crop
+        self.crop = crop
 
     def __call__(self, image: Image.Image) -> Tensor:
         """uint8 (C, crop, crop)."""
-        width, height = image.size
-        short = min(width, height)
-        width, height = int(self._resize * width / short), int(self._resize * height / short)
-        left, top = round((width - self._crop) / 2), round((height - self._crop) / 2)
-        square = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self._crop, top + self._crop))
+        size, (left, top) = self.window(image.size)
+        square = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + self.crop, top + self.crop))
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+    def window(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What an image of (width, height) is resized to, and the left and top edge of the square in that."""
+        short = min(size)
+        width, height = int(self._resize * size[0] / short), int(self._resize * size[1] / short)
+        return (width, height), (round((width - self.crop) / 2), round((height - self.crop) / 2))
 
 
 class Normalize:
@@ -42,6 +45,7 @@ class Normalize:
     def __init__(self, *, mean: Sequence[float], std: Sequence[float]):
         if min(std) <= 0 or len(mean) != len(std):
             raise OptionError("task.normalize.std", f"{list(std)} for means {list(mean)}", "give one positive number for each channel")
+        self.mean, self.std = list(mean), list(std)
         self._mean_and_std = torch.tensor([list(mean), list(std)]).view(2, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from esvit.augmentations.evaluation import EvaluationCrop
@@ -15,6 +14,7 @@ from esvit.errors import OptionError
 from esvit.evaluation.baselines import color_histogram, raw_pixels
 from esvit.evaluation.features import extract_features
 from esvit.evaluation.knn import weighted_knn
+from esvit.evaluation.splits import Subset
 from esvit.networks import MultiCropNetwork
 from esvit.runtime import Runtime
 
@@ -124,25 +124,3 @@ class LabelledSplit:
             option="task.online_knn.neighbours",
         )[self.options.neighbours]
         return result.top1, result.top5
-
-
-class Subset(ImageSet):
-    """The images of `images` at `indices` (n,) int64, all labelled."""
-
-    labels: np.ndarray
-
-    def __init__(self, images: ImageSet, indices: np.ndarray):
-        assert images.labels is not None
-        self.images = images
-        self.indices = indices
-        self.labels = images.labels[indices]
-        self.class_names = images.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Image.Image:
-        return self.images.read(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.images.name(int(self.indices[index]))

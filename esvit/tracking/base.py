@@ -3,6 +3,9 @@
 A run folder gets `log.jsonl` (every record), `metrics.json` (final metrics), `git.diff` (uncommitted changes, if any) and `tracking.json`
 (what an MLflow store must be told). Only rank 0 writes; the other ranks hold a `SilentTracker`, so no task ever asks for its rank.
 
+A run that evaluates another one (its host) also adds its final metrics to the host's `evaluations.jsonl`, at the step of the weights that
+it evaluated, and to the host's run in the store.
+
 A task calls `resume` once with the step that it starts from (0 for a new run), then `log` with growing steps, and `close` at the end.
 """
 
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from esvit.errors import OptionError
-from esvit.tracking.environment import environment_tags, flatten, source_state
+from esvit.tracking.environment import SourceState, environment_tags, flatten, source_state
 from esvit.tracking.files import FolderLock, replace_file
 from esvit.tracking.log import LogFile, Record, encode_number, read_records
 from esvit.tracking.state import StateFile
@@ -23,6 +26,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 LOG_NAME = "log.jsonl"
 METRICS_NAME = "metrics.json"
 DIFF_NAME = "git.diff"
+EVALUATIONS_NAME = "evaluations.jsonl"  # one object per evaluation: {"step", "task", "time", "folder", metric: value, ...}
+EVALUATED_STEP = "evaluated_step"  # the final metric that says which step's weights an evaluation saw
 _LOCK_SECONDS = 10.0  # how long the previous process of a killed and restarted run may take to disappear
 
 
@@ -124,7 +129,20 @@ class LocalTracker:
         replace_file(self.run_folder / METRICS_NAME, json.dumps(encoded, indent=1).encode() + b"\n")
         if (encoded, step) != (self._state.state.final, self._state.state.final_step):
             self._state.update(final=encoded, final_step=step, final_time=milliseconds_now(), final_sent=False)
+            self._tell_host(encoded)
         self.artifact(self.run_folder / METRICS_NAME)
+
+    def _tell_host(self, metrics: dict[str, Any]) -> None:
+        """A line in the host's folder; a reader takes the last one of each evaluation's folder."""
+        state = self._state.state
+        if state.host is None:
+            return
+        step = int(metrics.get(EVALUATED_STEP, 0))
+        self._state.update(host_step=step, host_run_id=None)
+        task = state.params.get("choices.task", "")
+        record = {"step": step, "task": task, "time": state.final_time / 1000, "folder": str(self.run_folder)}
+        with (Path(state.host) / EVALUATIONS_NAME).open("ab", buffering=0) as file:  # one write: appended whole
+            file.write(json.dumps(record | evaluated_metrics(metrics)).encode() + b"\n")
 
     def close(self, status: Status) -> None:
         self._state.update(status=status, end_time=milliseconds_now())
@@ -132,12 +150,30 @@ class LocalTracker:
         self._lock.release()
 
 
+def evaluated_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The final metrics that say something of the evaluated weights: those with a group in their name."""
+    return {name: value for name, value in metrics.items() if "/" in name}
+
+
+def _where_from(source: SourceState | None, before: Mapping[str, str]) -> dict[str, str]:
+    """Tags of the environment; a job that runs from a copy of the code keeps the commit that was noted when it was submitted."""
+    tags = environment_tags(source)
+    return tags if source else tags | {name: value for name, value in before.items() if name.startswith("git.")}
+
+
 def milliseconds_now() -> int:
     return int(time.time() * 1000)
 
 
 def prepare_folder(
-    *, run_folder: Path, config: Mapping[str, Any], uri: str | None, experiment_name: str, run_name: str, tags: Mapping[str, str]
+    *,
+    run_folder: Path,
+    config: Mapping[str, Any],
+    uri: str | None,
+    experiment_name: str,
+    run_name: str,
+    tags: Mapping[str, str],
+    host: str | None,
 ) -> tuple[FolderLock, StateFile]:
     """Lock a run folder and write down what a store must be told. Raises OptionError if another process writes to the folder."""
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +187,13 @@ def prepare_folder(
         experiment_name=experiment_name,
         run_name=run_name,
         params=flatten(config),
-        tags={**environment_tags(source), **tags, "run_folder": str(run_folder.absolute()), "run_folder_id": state.state.folder_id},
+        tags={
+            **_where_from(source, state.state.tags),
+            **tags,
+            "run_folder": str(run_folder.absolute()),
+            "run_folder_id": state.state.folder_id,
+        },
+        host=str(Path(host).absolute()) if host else None,
         status="RUNNING",
         end_time=None,
     )
@@ -163,11 +205,15 @@ def prepare_folder(
 
 @dataclass(kw_only=True)
 class NoTracking:
-    """`tracking=none`: the run folder only."""
+    """`tracking=none`: the run folder only, and that of the run that is evaluated (`host`), if any."""
+
+    host: str | None
 
     def open(self, *, run_folder: Path, config: Mapping[str, Any], is_main: bool) -> Tracker:
         """The tracker of this rank. Raises OptionError if another process writes to the folder."""
         if not is_main:
             return SilentTracker()
-        lock, state = prepare_folder(run_folder=run_folder, config=config, uri=None, experiment_name="", run_name=run_folder.name, tags={})
+        lock, state = prepare_folder(
+            run_folder=run_folder, config=config, uri=None, experiment_name="", run_name=run_folder.name, tags={}, host=self.host
+        )
         return LocalTracker(run_folder=run_folder, lock=lock, state=state)

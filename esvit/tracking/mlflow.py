@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit.errors import OptionError
-from esvit.tracking.base import LOG_NAME, LocalTracker, SilentTracker, Status, Tracker, milliseconds_now, prepare_folder
+from esvit.tracking.base import LOG_NAME, LocalTracker, SilentTracker, Status, Tracker, evaluated_metrics, milliseconds_now, prepare_folder
 from esvit.tracking.files import FolderLock
 from esvit.tracking.log import RESERVED, Record, read_records
 from esvit.tracking.state import STATE_NAME, StateFile
@@ -46,6 +46,7 @@ _PARAMS_PER_CALL = 100
 _NAME_LENGTH = 250
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
+_PARENT_TAG = "mlflow.parentRunId"  # nests a run below another on MLflow's pages
 
 _warnings = logging.getLogger(__name__)
 _importing = threading.RLock()
@@ -270,6 +271,27 @@ class RunSender:
             for start in range(0, len(points), _METRICS_PER_CALL):
                 client.log_batch(run_id, metrics=points[start : start + _METRICS_PER_CALL], synchronous=True)
             self._file.update(final_sent=final is state.final)
+        self._send_to_host(client)
+
+    def _send_to_host(self, client: "MlflowClient") -> None:
+        """Final metrics into the run of the pre-training that was evaluated, at the step of the weights; this run becomes its child.
+
+        A host that the store does not know yet is left for the next time, at the latest for `task=sync`.
+        """
+        from mlflow.entities import Metric
+
+        state = self._file.state
+        if state.host is None or state.host_run_id is not None or not state.final:
+            return
+        host = StateFile.open(Path(state.host), now_milliseconds=0).state
+        if host.run_id is None or host.uri != state.uri:
+            return
+        metrics = evaluated_metrics(state.final)
+        points = [Metric(_mlflow_name(name), float(value), state.final_time, state.host_step) for name, value in metrics.items()]
+        for start in range(0, len(points), _METRICS_PER_CALL):
+            client.log_batch(host.run_id, metrics=points[start : start + _METRICS_PER_CALL], synchronous=True)
+        client.set_tag(state.run_id, _PARENT_TAG, host.run_id)
+        self._file.update(host_run_id=host.run_id)
 
     def _shows(self, name: str, value: float) -> bool:
         shown = self._shown.get(name)
@@ -279,8 +301,11 @@ class RunSender:
         """Tell the store how the run ended."""
         client, run_id = self._connected()
         state = self._file.state
-        if state.status != state.status_sent:
+        if state.status == "SCHEDULED":
+            client.update_run(run_id, status=state.status)
+        elif state.status != state.status_sent:
             client.set_terminated(run_id, status=state.status, end_time=state.end_time)
+        if state.status != state.status_sent:
             self._file.update(status_sent=state.status)
 
     def _connected(self) -> "tuple[MlflowClient, str]":
@@ -408,6 +433,25 @@ class MlflowTracker(LocalTracker):
             self._sender.send_status()
 
 
+def client_of(uri: str) -> "MlflowClient":
+    """A client of the existing store at `uri`. Raises OptionError if there is none, or it does not answer."""
+    uri = check_uri(uri)
+    database = _database(uri)
+    if database is not None and not database.exists():
+        raise OptionError("tracking.uri", f"there is no store '{database}'", "name the store that the runs were tracked in")
+    _set_mlflow_environment()
+    _import_mlflow(uri)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        with _schema_lock(uri):
+            client.search_experiments(max_results=1)
+    except Exception as error:  # whatever MLflow, the network or the database can raise
+        raise OptionError("tracking.uri", f"{uri} does not answer ({one_line(error)})", "name a store that can be reached") from None
+    return client
+
+
 def find_runs(folder: Path) -> list[Path]:
     """The run folders at or below `folder`, sorted."""
     return sorted(path.parent for path in folder.rglob(STATE_NAME))
@@ -432,13 +476,13 @@ def send_missing(run_folder: Path, *, uri: str | None) -> str:
             end_time = int(records[-1]["time"] * 1000) if records else file.state.start_time
             file.update(status="KILLED", end_time=end_time)
         _set_mlflow_environment()
-        before = file.state.status_sent, file.state.final_sent, dict(file.state.artifacts_sent)
+        before = file.state.status_sent, file.state.final_sent, file.state.host_run_id, dict(file.state.artifacts_sent)
         sender = RunSender(file)
         sender.connect(is_live=False)
         sent = sender.send_records(records)
         sender.send_files_and_final()
         sender.send_status()
-        after = file.state.status_sent, file.state.final_sent, dict(file.state.artifacts_sent)
+        after = file.state.status_sent, file.state.final_sent, file.state.host_run_id, dict(file.state.artifacts_sent)
         return f"sent {sent} records" if sent else "sent files or status" if before != after else "up to date"
     finally:
         lock.release()
@@ -456,6 +500,7 @@ class Mlflow:
     experiment_name        the experiment in the store, created when missing
     run_name               what the run is called in the store; only at its creation
     tags                   more tags of the run; 'mlflow.note.content' is the description on its page
+    host                   folder of the run that this one evaluates, whose run in the store gets the final metrics too, or None
     close_timeout_seconds  how long the end of a run may wait for the store
     """
 
@@ -463,15 +508,43 @@ class Mlflow:
     experiment_name: str
     run_name: str
     tags: Mapping[str, str]
+    host: str | None
     close_timeout_seconds: float
 
     def open(self, *, run_folder: Path, config: Mapping[str, Any], is_main: bool) -> Tracker:
         """The tracker of this rank. Raises OptionError for a file store, or if another process writes to the folder."""
-        uri = check_uri(self.uri)
+        check_uri(self.uri)
         if not is_main:
             return SilentTracker()
-        _set_mlflow_environment()
-        lock, state = prepare_folder(
-            run_folder=run_folder, config=config, uri=uri, experiment_name=self.experiment_name, run_name=self.run_name, tags=self.tags
-        )
+        lock, state = self._prepare(run_folder, config)
         return MlflowTracker(run_folder=run_folder, lock=lock, state=state, close_timeout_seconds=self.close_timeout_seconds)
+
+    def create(self, *, run_folder: Path, config: Mapping[str, Any]) -> str | None:
+        """Make the run of a job that will start later, and the store's tables if need be; returns the run's id.
+
+        None, with a warning, if the store cannot be reached: the job makes its run itself then. Raises OptionError as `open`.
+        """
+        check_uri(self.uri)
+        lock, state = self._prepare(run_folder, config)
+        try:
+            state.update(status="SCHEDULED")
+            sender = RunSender(state)
+            sender.connect(is_live=False)
+            sender.send_status()
+        except Exception as error:  # whatever a store or MLflow can raise: the job must be submitted all the same
+            _warnings.warning("tracking: cannot send to %s (%s); the job will try again", state.state.uri, one_line(error))
+        finally:
+            lock.release()
+        return state.state.run_id
+
+    def _prepare(self, run_folder: Path, config: Mapping[str, Any]) -> tuple[FolderLock, StateFile]:
+        _set_mlflow_environment()
+        return prepare_folder(
+            run_folder=run_folder,
+            config=config,
+            uri=check_uri(self.uri),
+            experiment_name=self.experiment_name,
+            run_name=self.run_name,
+            tags=self.tags,
+            host=self.host,
+        )

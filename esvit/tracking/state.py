@@ -28,6 +28,9 @@ class RunState:
     artifacts        file relative to the run folder -> folder in the store
     artifacts_sent   the same file -> [size in bytes, mtime in ns] when it was last sent
     final            final metrics, at final_step
+    host             run folder of the pre-training that this run evaluates: its run in the store gets the final metrics too, or None
+    host_step        the step of the weights that were evaluated
+    host_run_id      the host's run, once its metrics have arrived there
     status           RUNNING, FINISHED, FAILED or KILLED; status_sent is the last one that the store confirmed
     """
 
@@ -47,6 +50,9 @@ class RunState:
     final_step: int = 0
     final_time: int = 0
     final_sent: bool = True
+    host: str | None = None
+    host_step: int = 0
+    host_run_id: str | None = None
     status: str = "RUNNING"
     status_sent: str | None = None
     end_time: int | None = None
@@ -88,4 +94,6 @@ class StateFile:
         if uri != self.state.uri:
             with self._lock:
                 self.state.artifacts_sent = {}
-            self.update(uri=uri, run_id=None, experiment_id=None, last_step=0, status_sent=None, final_sent=not self.state.final)
+            self.update(
+                uri=uri, run_id=None, host_run_id=None, experiment_id=None, last_step=0, status_sent=None, final_sent=not self.state.final
+            )

@@ -17,7 +17,7 @@ _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
 from esvit.tracking.mlflow import Mlflow
-tracking = Mlflow(uri=sys.argv[1], experiment_name="sync", run_name="killed", tags={}, close_timeout_seconds=60)
+tracking = Mlflow(uri=sys.argv[1], experiment_name="sync", run_name="killed", tags={}, host=None, close_timeout_seconds=60)
 tracker = tracking.open(run_folder=Path(sys.argv[2]), config={"seed": 1}, is_main=True)
 for step in range(1, 31):
     tracker.log(step, 0, {"loss/total": step / 2})
@@ -71,7 +71,7 @@ def test_a_synced_run_resumes_under_the_same_id(store_uri: str, tmp_path: Path) 
     killed_run(store_uri, tmp_path)
     Sync(folder=str(tmp_path), uri=None).run()
     run_id = json.loads((tmp_path / "tracking.json").read_text())["run_id"]
-    tracking = Mlflow(uri=store_uri, experiment_name="sync", run_name="killed", tags={}, close_timeout_seconds=60)
+    tracking = Mlflow(uri=store_uri, experiment_name="sync", run_name="killed", tags={}, host=None, close_timeout_seconds=60)
     tracker = tracking.open(run_folder=tmp_path, config={"seed": 1}, is_main=True)
     tracker.resume(20)
     for step in range(21, 41):
@@ -83,7 +83,7 @@ def test_a_synced_run_resumes_under_the_same_id(store_uri: str, tmp_path: Path) 
 
 
 def test_a_run_that_was_tracked_nowhere_can_be_given_a_store(store_uri: str, tmp_path: Path) -> None:
-    tracker = NoTracking().open(run_folder=tmp_path, config={"seed": 2}, is_main=True)
+    tracker = NoTracking(host=None).open(run_folder=tmp_path, config={"seed": 2}, is_main=True)
     tracker.log(1, 0, {"loss/total": 3.0})
     tracker.final({"knn/teacher": 60.0}, step=1)
     tracker.close("FINISHED")

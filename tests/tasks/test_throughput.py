@@ -47,7 +47,7 @@ def measure(backbone: Backbone, folder: Path, **changes: Any) -> dict[str, float
     options: dict[str, Any] = {"batch_size": 2, "image_size": 64, "repeats": 1, "table": None, "name": "micro", "in_channels": 3}
     threads = torch.get_num_threads()
     with Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1) as runtime:
-        runtime.records_to(RunFolder(folder), tracking=NoTracking(), config={"epochs": 1, "max_steps": None})
+        runtime.records_to(RunFolder(folder), tracking=NoTracking(host=None), config={"epochs": 1, "max_steps": None})
         try:
             Throughput(backbone=backbone, **(options | changes)).run(runtime)
         finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from esvit.tracking.mlflow import Mlflow
 
 name, uri, folder = sys.argv[1:]
-tracking = Mlflow(uri=uri, experiment_name="first use", run_name=name, tags={}, close_timeout_seconds=120)
+tracking = Mlflow(uri=uri, experiment_name="first use", run_name=name, tags={}, host=None, close_timeout_seconds=120)
 tracker = tracking.open(run_folder=Path(folder) / name, config={"seed": 1}, is_main=True)
 tracker.resume(0)
 for step in range(1, 21):
@@ -59,5 +59,11 @@ def store_uri(first_use: FirstUse, tmp_path: Path) -> str:
 
 
 def mlflow_tracking(uri: str, **changes: Any) -> Mlflow:
-    options: dict[str, Any] = {"experiment_name": "esvit tests", "run_name": "a run", "tags": {}, "close_timeout_seconds": 60.0}
+    options: dict[str, Any] = {
+        "experiment_name": "esvit tests",
+        "run_name": "a run",
+        "tags": {},
+        "host": None,
+        "close_timeout_seconds": 60.0,
+    }
     return Mlflow(uri=uri, **{**options, **changes})

@@ -15,7 +15,7 @@ from esvit.tracking.files import FolderLock
 
 
 def test_a_local_run_leaves_its_log_its_final_metrics_and_its_state(tmp_path: Path) -> None:
-    tracker = NoTracking().open(run_folder=tmp_path / "run", config={"seed": 1}, is_main=True)
+    tracker = NoTracking(host=None).open(run_folder=tmp_path / "run", config={"seed": 1}, is_main=True)
     tracker.resume(0)
     tracker.log(1, 0, {"loss/total": 2.0})
     tracker.log(2, 0, {"loss/total": math.nan})
@@ -28,7 +28,7 @@ def test_a_local_run_leaves_its_log_its_final_metrics_and_its_state(tmp_path: Pa
 
 
 def test_only_the_main_rank_writes(tmp_path: Path) -> None:
-    tracker = NoTracking().open(run_folder=tmp_path / "run", config={}, is_main=False)
+    tracker = NoTracking(host=None).open(run_folder=tmp_path / "run", config={}, is_main=False)
     tracker.resume(0)
     tracker.log(1, 0, {"loss/total": 2.0})
     tracker.final({"knn/teacher": 1.0}, step=1)
@@ -43,7 +43,7 @@ def test_a_run_folder_has_one_writer_at_a_time(tmp_path: Path, monkeypatch: pyte
     assert other.stdout is not None and other.stdout.readline() == b"True\n"
     monkeypatch.setattr(base, "_LOCK_SECONDS", 0.0)
     with pytest.raises(OptionError, match=f"output_dir: process {other.pid} on .* is writing to"):
-        NoTracking().open(run_folder=tmp_path, config={}, is_main=True)
+        NoTracking(host=None).open(run_folder=tmp_path, config={}, is_main=True)
     other.kill()
     other.communicate()
     lock = FolderLock(tmp_path)

@@ -1,0 +1,50 @@
+"""Options of pre-training."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema.inputs import Mixing, Normalize
+
+
+@dataclass
+class OnlineKnn:
+    _target_: str = "esvit.tasks.pretrain.OnlineKnn"
+    every_epochs: int = 0  # epochs between k-NN evaluations of the teacher; 0 means never
+    neighbours: int = 20  # k
+    temperature: float = 0.07  # of the neighbours' votes
+    resize: int = 256  # short side that images are resized to (pixels)
+    crop: int = 224  # side of the centre crop (pixels)
+    max_train_images: int = 50000  # at most so many labelled training images, evenly spaced, are neighbours
+    baselines: bool = False  # also, once, k-NN on raw pixels, on colour histograms and on the untrained network
+
+
+@dataclass
+class Pretrain:
+    _target_: str = "esvit.tasks.pretrain.Pretrain"
+    has_run_folder: bool = True
+    accumulation: int = 1  # micro-batches per optimizer step
+    log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
+    health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
+    checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
+    online_knn: OnlineKnn = field(default_factory=OnlineKnn)
+    mixing: Mixing = field(default_factory=Mixing)
+    normalize: Normalize = field(default_factory=Normalize)
+    backbone: Any = "${backbone}"
+    head: Any = "${head}"
+    loss: Any = "${loss}"
+    augmentation: Any = "${augmentation}"
+    data: Any = "${data}"
+    optimizer: Any = "${optimizer}"
+    schedule: Any = "${schedule}"
+    epochs: int = "${epochs}"  # type: ignore[assignment]
+    max_steps: int | None = "${max_steps}"  # type: ignore[assignment]
+    checkpoint_every: int = "${checkpoint_every}"  # type: ignore[assignment]
+    checkpoint: str | None = "${checkpoint}"
+    start_epoch: int = "${start_epoch}"  # type: ignore[assignment]
+    fresh_heads: Any = "${fresh_heads}"
+    resize_positions: bool = "${resize_positions}"  # type: ignore[assignment]
+
+
+SCHEMAS = {
+    ("task", "pretrain"): Pretrain,
+}
