@@ -30,18 +30,28 @@ def main() -> None:
 
 def launch(config: Any) -> None:
     """Turn the composed config into plain data, admit it to its run folder, and hand it to the launcher."""
+    from conf import chain
     from conf.explain import mistakes_in_one_line
     from conf.resolve import resolve
-    from launchers.job import Job
 
     with mistakes_in_one_line():
         options = resolve(config)
         if "RANK" in os.environ:  # plain torchrun: every rank has composed for itself, see `run_rank`
             return execute(options)
-        admitted = admit(options)
-        if admitted is not None:
-            build(options["launcher"]).launch(Job(function="run:execute", config=admitted, folder=options["output_dir"], root=str(ROOT)))
+        launcher = build(options["launcher"])
+        teachers = chain.of_kept_teachers(options)
+        evaluations = chain.after_training(options)
+        training = admit(options)
+        jobs = [job(each) for each in (training, *map(admit, evaluations)) if each is not None]
+        if jobs:
+            launcher.launch(jobs[0], then=jobs[1:], saved=job(teachers) if training and teachers else None)
     return None
+
+
+def job(options: dict[str, Any]) -> Any:
+    from launchers.job import Job
+
+    return Job(function="run:execute", config=options, folder=options["output_dir"], root=str(ROOT))
 
 
 def admit(options: dict[str, Any]) -> dict[str, Any] | None:

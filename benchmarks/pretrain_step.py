@@ -98,7 +98,13 @@ def positive(word: str) -> int:
 
 def start_runtime(arguments: argparse.Namespace) -> Runtime:
     return Runtime(
-        device=arguments.device, precision=arguments.precision, seed=0, deterministic=None, threads=arguments.threads, timeout_minutes=30.0
+        device=arguments.device,
+        precision=arguments.precision,
+        seed=0,
+        deterministic=None,
+        threads=arguments.threads,
+        timeout_minutes=30.0,
+        stall_minutes=0,
     )
 
 

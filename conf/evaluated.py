@@ -4,9 +4,8 @@ The run's backbone, images and tracking store, its newest checkpoint, the size o
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
-
-import yaml
 
 from conf.schema import tasks
 from conf.schema.tasks.frozen import Frozen
@@ -17,8 +16,10 @@ _GROUPS = ("backbone", "data")
 _RESIZE_OVER_CROP = 256 / 224  # as published
 
 
-def take_over(arguments: list[str]) -> list[str]:
+def take_over(arguments: list[str], planned: Mapping[str, dict[str, Any]]) -> list[str]:
     """The command line with what `of=RUN_FOLDER` in it stands for; without `of`, as it is.
+
+    planned  the options of runs that have not begun yet, by folder
 
     Raises OptionError if there is no run in the folder, or the task evaluates none.
     """
@@ -31,9 +32,9 @@ def take_over(arguments: list[str]) -> list[str]:
     if task == "pretrain":
         raise OptionError("of", "a pre-training evaluates no run", "choose an evaluation, e.g. task=knn, or begin with checkpoint=FILE")
     run = RunFolder(folder.strip("'\""))
-    if not run.config_file.exists():
+    if str(run.path) not in planned and not run.config_file.exists():
         raise OptionError("of", f"no run in '{run.path}'", "give the folder of a pre-training run, which holds config.yaml")
-    config = yaml.safe_load(run.config_file.read_text())
+    config = planned.get(str(run.path)) or run.config()
     known = {"checkpoint": str(run.path / "checkpoint.pt"), "of": str(run.path)}
     if schema is not None and _has_frozen(schema):
         known |= _frozen(config) | {"output_dir": f"{run.path}/evaluations/{task}_${{now:%Y-%m-%d_%H-%M-%S}}"}

@@ -4,14 +4,19 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from conf.evaluated import take_over
 from conf.schema import root, tasks
 
 
-def expand(arguments: list[str]) -> list[str]:
-    """The command line in full. Raises OptionError for an `of` that holds no run."""
-    return take_over(_with_task(arguments))
+def expand(arguments: list[str], *, planned: Mapping[str, dict[str, Any]] | None = None) -> list[str]:
+    """The command line in full. `planned` has the options of runs that have not begun yet, by folder.
+
+    Raises OptionError for an `of` that holds no run.
+    """
+    return take_over(_with_task(arguments), planned or {})
 
 
 def _with_task(arguments: list[str]) -> list[str]:

@@ -55,10 +55,7 @@ class CheckpointFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self.folder / f"checkpoint_{step}.pt"
         written = self.folder / f".{kept.name}.tmp"
-        with open(written, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(state, written)
         second_name = self.folder / f".{LATEST}.tmp"
         _link_or_copy(written, second_name)
         os.replace(written, kept)
@@ -102,9 +99,33 @@ class CheckpointFolder:
             os.close(descriptor)
 
 
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write `state` to `path`, whole or not at all. Raises TypeError for what is not plain."""
+    _require_plain(state, "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}.tmp")
+    _write_synced(state, written)
+    os.replace(written, path)
+
+
+def _write_synced(state: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run in `folder` would resume from it."""
     return bool(_candidates(folder))
+
+
+def peek(folder: Path) -> dict[str, Any] | None:
+    """What the run in `folder` would resume from, its tensors left on the disk; None if there is nothing, or nothing undamaged to see."""
+    for path in _candidates(folder):
+        with contextlib.suppress(Exception):  # loading it to resume says what is wrong with it
+            return _as_dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+    return None
 
 
 def load_checkpoint_file(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from esvit import distributed
 from esvit.errors import Interrupted, OptionError
 from esvit.run_folder import RunFolder
+from esvit.watchdog import Watchdog
 
 _AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -37,16 +38,29 @@ class Runtime:
     deterministic    only algorithms that repeat bit for bit; None means on CPU only
     threads          CPU threads of torch per process; None means all cores divided by the processes on this machine
     timeout_minutes  how long a collective may wait for the other ranks
+    stall_minutes    how long a run may make no progress before it writes down its stacks and ends; 0 means for ever
     """
 
-    def __init__(self, *, device: str, precision: str, seed: int, deterministic: bool | None, threads: int | None, timeout_minutes: float):
+    def __init__(
+        self,
+        *,
+        device: str,
+        precision: str,
+        seed: int,
+        deterministic: bool | None,
+        threads: int | None,
+        timeout_minutes: float,
+        stall_minutes: float,
+    ):
         self.device = _choose_device(device)
         self.precision = precision
         self.seed = seed
         self.deterministic = self.device.type == "cpu" if deterministic is None else deterministic
         self.threads = threads or max(1, (os.cpu_count() or 1) // _processes_here())
         self.timeout = datetime.timedelta(minutes=timeout_minutes)
+        self.stall_minutes = stall_minutes
         self.folder = Path()
+        self._watchdog: Watchdog | None = None
         self._signal = 0
         self._old_handlers: dict[int, Any] = {}
         self._pending_vote: tuple[torch.Tensor, dist.Work] | None = None
@@ -109,7 +123,8 @@ class Runtime:
         tracker = self._open_tracker()  # before anything else is written: it holds the folder's lock
         try:
             distributed.from_rank_zero(lambda: self._run_folder.begin(self._config))
-            yield tracker
+            with self._watched():
+                yield tracker
         except Interrupted:
             tracker.close("KILLED")
             raise
@@ -117,6 +132,23 @@ class Runtime:
             tracker.close("FAILED")
             raise
         tracker.close("FINISHED")
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self.stall_minutes > 0:
+            report = self.folder / "errors" / f"stall_rank_{self.rank}.txt"
+            self._watchdog = Watchdog(stall_minutes=self.stall_minutes, report=report)
+        try:
+            yield
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.end()
+                self._watchdog = None
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog of progress, e.g. "step 120"."""
+        if self._watchdog is not None:
+            self._watchdog.beat(doing)
 
     def _open_tracker(self) -> Any:
         """This rank's tracker; what rank 0 has to object is raised on every rank."""

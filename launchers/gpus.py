@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Gpus:
     processes: int
     grace_seconds: float
 
-    def launch(self, job: Job) -> None:
+    def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Run the job in every rank; ends this process with the first failing rank's exit code and message."""
         count = self.processes or _visible_gpus()
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,13 +1,31 @@
-"""Run in the calling process."""
+"""Run in the calling process; the children of a sweep in processes of their own, some at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from launchers import children
 from launchers.job import Job
 
 
 @dataclass(kw_only=True)
 class Local:
-    processes: int = 1
+    """parallel  how many children of a sweep run at once"""
 
-    def launch(self, job: Job) -> None:
-        job.call()
+    parallel: int
+
+    def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
+        for each in children.in_order(job, then, saved):
+            each.call()
+
+    def launch_array(
+        self,
+        jobs: Sequence[Job],
+        *,
+        names: Sequence[str],
+        folder: str | Path,
+        then: Sequence[Sequence[Job]] = (),
+        saved: Sequence[Job] = (),
+    ) -> None:
+        """Run the children to their ends; ends this process with exit code 1 if one of them failed."""
+        children.run_array(self, jobs, names=names, folder=folder, then=then, saved=saved, gpus_each=1)

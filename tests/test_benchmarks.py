@@ -137,7 +137,7 @@ def assert_relatively_close(ours: Tensor, theirs: Tensor, what: str) -> None:
 @pytest.mark.parametrize("kind", ["view", "view_region"])
 def test_the_plain_step_is_the_products_mathematics(kind: str):
     """Two steps: losses and gradients of both, centres and teacher after them. The second step meets the first one's centres."""
-    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0)
+    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
     loss = make_loss(kind)
     loss.setup(prototypes=PROTOTYPES)
     networks = [make_network(regions=loss.needs_regions) for _ in range(2)]

@@ -138,7 +138,7 @@ class Trial:
     """A student, its teacher and what a step needs; the same at every start, on every rank."""
 
     def __init__(self, *, accumulation: int = 1, optimizer: AdamW | SGD = ADAMW):
-        self.runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0)
+        self.runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
         self.network = make_network()
         self.gradients = Gradients(self.network)
         self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
@@ -271,7 +271,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     environment = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     found: dict[str, Any] = {}
-    with Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0):
+    with Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0):
         mine = part(make_crops(images=4), rank, RANKS)
 
         trial = Trial()

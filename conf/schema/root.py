@@ -27,6 +27,15 @@ class FreshHeads(Enum):
 
 
 @dataclass
+class Planning:
+    """What plan=true cannot know."""
+
+    images: int | None = None  # training images; null counts those of data.root, or takes ImageNet-1K's 1,281,167 where it is not there
+    images_per_second: float | None = None  # of one GPU in training, measured; null estimates it from the GPU's arithmetic
+    throughput: str | None = None  # Markdown file whose table task=throughput wrote on the GPU in question; adds its time to the plan
+
+
+@dataclass
 class Root:
     """Top level. Groups first; each is chosen by name, e.g. `backbone=swin_small`."""
 
@@ -52,8 +61,10 @@ class Root:
     checkpoint: str | None = None  # a checkpoint file to start from, ours or a published one; the run's own checkpoint comes first
     of: str | None = None  # evaluations: folder of the run that gives backbone, images and checkpoint; its MLflow run gets the results
     evaluate_every: int = 0  # epochs between teachers that are kept in teachers/ and evaluated by `evaluate`; 0 means never
-    evaluate: list[str] = field(default_factory=lambda: ["knn"])  # evaluations of each kept teacher: a task, and its options after spaces
+    evaluate: str = "knn"  # evaluation of each kept teacher: a task, and its options after spaces
     then: list[str] = field(default_factory=list)  # evaluations after the end of training, e.g. [knn,'linear epochs=50']
     start_epoch: int = 0  # with `checkpoint`: the epoch (from 0) at which schedules and data order begin
     fresh_heads: FreshHeads = FreshHeads.none  # heads (with prototypes and centre) not from `checkpoint` but anew: none, region or all
     resize_positions: bool = False  # resize tables of positions (bicubic) from `checkpoint` made with other windows or another image size
+    plan: bool = False  # print sizes, memory, time, disk and sbatch script of a pre-training; runs and writes nothing, needs no data
+    planning: Planning = field(default_factory=Planning)

@@ -10,6 +10,7 @@ class Runtime:
     deterministic: bool | None = None  # only algorithms that repeat bit for bit; null means on CPU only
     threads: int | None = None  # CPU threads per process; null means all cores divided by the processes on this machine
     timeout_minutes: float = 30.0  # how long a collective may wait for the other processes
+    stall_minutes: float = 20.0  # a run without progress for so long writes every rank's stack into errors/ and ends; 0 means never
     device: Any = "${device}"
     precision: Any = "${precision}"
     seed: int = "${seed}"  # type: ignore[assignment]

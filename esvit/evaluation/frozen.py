@@ -147,6 +147,13 @@ class FrozenBackbone:
         labels = None if images.labels is None else torch.from_numpy(images.labels)[places]
         return FeatureSet(features=rows, labels=labels, places=places, data=data)
 
+    @torch.no_grad()
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the regions of a crop."""
+        options = self.options
+        one = torch.zeros(1, len(options.normalize.mean), options.crop, options.crop, device=self.runtime.device)
+        return self.backbone(one).grid
+
     def batches(self, images: ImageSet, *, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's contiguous share of the images: normalised (B, C, crop, crop) on the device, and their places (B,) int64."""
         runtime = self.runtime
@@ -158,6 +165,7 @@ class FrozenBackbone:
             rank=runtime.rank,
             world_size=runtime.world_size,
         ):
+            runtime.beat("evaluating")
             if signal := runtime.stop_signal_here():
                 raise Stopped(signal)
             yield self.normalize(crops.to(runtime.device, non_blocking=True)), places

@@ -80,7 +80,7 @@ class LabelledSplit:
             with runtime.autocast():
                 return extract_features(
                     backbone=network.backbone,
-                    batches=self._batches(images, runtime.rank, runtime.world_size),
+                    batches=_beating(self._batches(images, runtime.rank, runtime.world_size), runtime),
                     normalize=normalize,
                     device=runtime.device,
                 )
@@ -124,3 +124,9 @@ class LabelledSplit:
             option="task.online_knn.neighbours",
         )[self.options.neighbours]
         return result.top1, result.top5
+
+
+def _beating(batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        runtime.beat("k-NN of the teacher")
+        yield batch

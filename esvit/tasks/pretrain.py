@@ -22,7 +22,7 @@ from esvit.augmentations.evaluation import Normalize
 from esvit.augmentations.mixing import Mixing
 from esvit.augmentations.multicrop import MultiCrop
 from esvit.backbones.base import Backbone
-from esvit.checkpoints import CheckpointFolder, has_checkpoint, strict_load
+from esvit.checkpoints import CheckpointFolder, has_checkpoint, peek, save_atomically, strict_load
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
@@ -40,7 +40,7 @@ from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
 from esvit.tasks.distillation import Distillation, StepResult
 from esvit.tasks.meter import Meter
-from esvit.tasks.nonfinite import save_bad_batch
+from esvit.tasks.nonfinite import NonFiniteLoss, save_bad_batch
 from esvit.tasks.online_knn import LabelledSplit, OnlineKnn
 from esvit.tasks.plan import plan_lines
 from esvit.tasks.summary import final_metrics, table, write_run_report
@@ -55,15 +55,16 @@ HEALTH_GRACE_STEPS = 300  # a fresh network maps all images to nearly one point,
 class Pretrain:
     """The parts of a pre-training run; every field is an option or is built from a config group.
 
-    accumulation      micro-batches per optimizer step
-    log_every         optimizer steps between log records
-    health_every      optimizer steps between signs of health; 0 means never
-    checkpoint_every  optimizer steps between checkpoints, of which `checkpoint_keep` are kept
-    max_steps         stop after so many optimizer steps, with schedules of full length; None means at the end
-    checkpoint        a file, ours or a published one, whose student, teacher and centres the run begins with, or None
-    start_epoch       with `checkpoint`: the epoch at which schedules and data order begin
-    fresh_heads       "none", "region" or "all": heads that begin anew instead, with their prototypes and centre
-    resize_positions  resize tables of positions in `checkpoint` that were made for other windows or another image size
+    accumulation        micro-batches per optimizer step
+    log_every           optimizer steps between log records
+    health_every        optimizer steps between signs of health; 0 means never
+    checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
+    keep_teacher_every  epochs between copies of the teacher's backbone that stay, in teachers/; 0 means never
+    max_steps           stop after so many optimizer steps, with schedules of full length; None means at the end
+    checkpoint          a file, ours or a published one, whose student, teacher and centres the run begins with, or None
+    start_epoch         with `checkpoint`: the epoch at which schedules and data order begin
+    fresh_heads         "none", "region" or "all": heads that begin anew instead, with their prototypes and centre
+    resize_positions    resize tables of positions in `checkpoint` that were made for other windows or another image size
     """
 
     backbone: Backbone
@@ -83,6 +84,7 @@ class Pretrain:
     health_every: int
     checkpoint_every: int
     checkpoint_keep: int
+    keep_teacher_every: int
     checkpoint: str | None
     start_epoch: int
     fresh_heads: str
@@ -106,6 +108,7 @@ class Pretrain:
             ("task.health_every", self.health_every, 0),
             ("task.checkpoint_keep", self.checkpoint_keep, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
+            ("evaluate_every", self.keep_teacher_every, 0),
             ("max_steps", 1 if self.max_steps is None else self.max_steps, 1),
             ("start_epoch", self.start_epoch, 0),
         ):
@@ -116,10 +119,6 @@ class Pretrain:
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
 
 
-class NonFiniteLoss(OptionError):
-    """The loss became NaN or infinite; nothing after the last good step was kept."""
-
-
 class _Run:
     """One run of a `Pretrain`, with everything built."""
 
@@ -127,6 +126,7 @@ class _Run:
         self.task = task
         self.runtime = runtime
         self.images: ImageSet = task.data.train()
+        self.accumulation = self._accumulation()
         self.loader = TrainLoader(
             images=self.images,
             transform=task.augmentation,
@@ -135,7 +135,7 @@ class _Run:
             seed=runtime.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
-            accumulation=task.accumulation,
+            accumulation=self.accumulation,
             max_bad_fraction=task.data.max_bad_fraction,
         )
         self.schedules = task.schedule(
@@ -161,7 +161,7 @@ class _Run:
             optimizer=task.optimizer.build(network, precision=runtime.precision, device=runtime.device),
             runtime=runtime,
             global_count=task.augmentation.global_count,
-            accumulation=task.accumulation,
+            accumulation=self.accumulation,
             mixing=task.mixing if task.mixing.is_on else None,
         )
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()
@@ -198,16 +198,19 @@ class _Run:
             now = self.schedules.at(step)
             rng = self.runtime.seed_step(step)
             self.distillation.set_progress(step / self.schedules.total_steps)
-            micro_batches = itertools.islice(batches, self.task.accumulation)
+            micro_batches = itertools.islice(batches, self.accumulation)
             result = self.distillation.step(micro_batches, now, sound=self.meter.finite, rng=rng)
             self.meter.add(result, step=step, images=self.loader.images_per_step)
             self.progress.advance()
 
             done = step + 1
+            self.runtime.beat(f"after step {done}")
             signal = self.runtime.stop_signal()
             record_is_due = self._is_record_due(done)
             if record_is_due and not signal:
                 self._record(done, result)
+            if self._is_teacher_due(done):
+                self._keep_teacher(done)
             if signal or done % self.task.checkpoint_every == 0 or done == self.stop:
                 self._save(done, record_is_due=record_is_due and bool(signal))
             if signal:
@@ -327,6 +330,22 @@ class _Run:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def _is_teacher_due(self, done: int) -> bool:
+        every = self.task.keep_teacher_every * self.loader.steps_per_epoch
+        return every > 0 and done % every == 0
+
+    def _keep_teacher(self, done: int) -> None:
+        """The teacher's backbone alone, for evaluations while training goes on; never deleted."""
+        if self.runtime.is_main:
+            backbone = self.distillation.teacher.network.backbone.state_dict()
+            state = {
+                "teacher": {f"backbone.{name}": value for name, value in backbone.items()},
+                "step": done,
+                "epoch": done // self.loader.steps_per_epoch,
+                "config": self.config,
+            }
+            save_atomically(state, self.runtime.folder / "teachers" / f"teacher_{done:07d}.pt")
+
     def _save(self, done: int, *, record_is_due: bool) -> None:
         """Write the checkpoint after `done` steps; it is on disk when this returns, on every rank."""
         self._stop_if_not_finite()
@@ -368,12 +387,6 @@ class _Run:
             raise OptionError(
                 "data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images"
             )
-        if state["sampler"]["images_per_step"] != self.loader.images_per_step:
-            raise OptionError(
-                "launcher.processes",
-                f"a step now has {self.loader.images_per_step} images, the run so far had {state['sampler']['images_per_step']}",
-                "use as many processes as before",
-            )
         warn_of_thread_change(state["threads"], self.runtime.threads)
         distillation = self.distillation
         strict_load(distillation.network, state["student"], option="output_dir", what="student")
@@ -385,6 +398,23 @@ class _Run:
             self.meter.load_state_dict(state["meters"][self.runtime.rank])
         self.tracker.resume(state["step"])
         return state["step"], state["record_is_due"]
+
+    def _accumulation(self) -> int:
+        """Micro-batches per step: as many as make the steps of the run so far, on however many processes it goes on.
+
+        Raises OptionError if no number does.
+        """
+        saved = peek(self.runtime.folder)
+        if saved is None:
+            return self.task.accumulation
+        images, batch_size, processes = saved["sampler"]["images_per_step"], self.task.data.batch_size, self.runtime.world_size
+        if images % (batch_size * processes):
+            raise OptionError(
+                "launcher.processes",
+                f"{processes} processes of data.batch_size={batch_size} cannot make the steps of {images} images that the run so far had",
+                f"use a number of processes that divides {images // batch_size}",
+            )
+        return images // (batch_size * processes)
 
     def _begin(self) -> str:
         """Give a new run the weights of `checkpoint`, where one is asked for; returns in words what it begins with.
@@ -439,7 +469,7 @@ class _Run:
             images=len(self.images),
             images_per_step=self.loader.images_per_step,
             batch_size=self.task.data.batch_size,
-            accumulation=self.task.accumulation,
+            accumulation=self.accumulation,
             prototypes=self.task.head.prototypes,
             prototype_matrices=2 if self.task.loss.needs_regions else 1,
             bottleneck_dim=self.task.head.bottleneck_dim,

@@ -5,7 +5,15 @@ import time
 
 from tqdm import tqdm
 
-_SHOWN = {"loss/total": "loss", "speed/images_per_second": "img/s", "knn/teacher": "k-NN %"}
+_SHOWN = {
+    "loss/total": "loss",
+    "linear/train_loss": "loss",
+    "linear/held_out_top1": "held-out %",
+    "speed/images_per_second": "img/s",
+    "knn/teacher": "k-NN %",
+    "finetune/top1": "top-1 %",
+    "finetune/ema_top1": "of the average",
+}
 
 
 class Progress:

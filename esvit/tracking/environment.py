@@ -20,7 +20,6 @@ from typing import Any
 
 _PACKAGES = ("torch", "torchvision", "timm", "mlflow")
 _GIT_SECONDS = 10.0
-COMMAND_VARIABLE = "ESVIT_COMMAND"  # what the user typed, for the processes that a launcher starts
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def environment_tags(source: SourceState | None) -> dict[str, str]:
     """Tags of a run; the `mlflow.` ones fill the columns that MLflow's pages already have."""
     tags = {
         "host": socket.gethostname(),
-        "command": mask_passwords(os.environ.get(COMMAND_VARIABLE) or shlex.join(sys.argv)),
+        "command": mask_passwords(shlex.join(sys.argv)),
         "git.commit": source.commit if source else "unknown",
         "git.dirty": str(source.dirty).lower() if source else "unknown",
         "version.python": platform.python_version(),

@@ -58,6 +58,15 @@ class FolderLock:
             file.flush()
         return True
 
+    def is_held(self) -> bool:
+        """Whether another process holds the lock now; asks without taking it, and writes nothing."""
+        try:
+            with self.path.open("rb") as file:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+        return False
+
     def holder(self) -> str:
         """Who holds the lock, in words."""
         with contextlib.suppress(OSError):

@@ -271,9 +271,9 @@ class RunSender:
             for start in range(0, len(points), _METRICS_PER_CALL):
                 client.log_batch(run_id, metrics=points[start : start + _METRICS_PER_CALL], synchronous=True)
             self._file.update(final_sent=final is state.final)
-        self._send_to_host(client)
+        self._send_to_host(client, run_id)
 
-    def _send_to_host(self, client: "MlflowClient") -> None:
+    def _send_to_host(self, client: "MlflowClient", run_id: str) -> None:
         """Final metrics into the run of the pre-training that was evaluated, at the step of the weights; this run becomes its child.
 
         A host that the store does not know yet is left for the next time, at the latest for `task=sync`.
@@ -290,7 +290,7 @@ class RunSender:
         points = [Metric(_mlflow_name(name), float(value), state.final_time, state.host_step) for name, value in metrics.items()]
         for start in range(0, len(points), _METRICS_PER_CALL):
             client.log_batch(host.run_id, metrics=points[start : start + _METRICS_PER_CALL], synchronous=True)
-        client.set_tag(state.run_id, _PARENT_TAG, host.run_id)
+        client.set_tag(run_id, _PARENT_TAG, host.run_id)
         self._file.update(host_run_id=host.run_id)
 
     def _shows(self, name: str, value: float) -> bool:

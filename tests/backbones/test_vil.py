@@ -231,7 +231,7 @@ def test_student_and_teacher_hear_of_the_progress():
         network=network,
         loss=ViewLoss(student_temperature=0.1, center_momentum=0.9),
         optimizer=sgd.build(network, precision="fp32", device=torch.device("cpu")),
-        runtime=Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0),
+        runtime=Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0),
         global_count=2,
         accumulation=1,
         mixing=None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,3 +97,24 @@ def test_a_killed_run_of_two_processes_leaves_no_orphan_and_ends_as_if_it_had_no
     succeeded(commands.run(*command))
     assert_same_training(run, two_processes)
     assert not (run / "errors").exists()
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_steps_of_as_many_images(commands, tiny, two_processes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two_processes, run)
+    for name in ("metrics.json", "checkpoint.pt", "checkpoint_8.pt"):
+        (run / name).unlink()
+    outcome = succeeded(commands.run(*tiny, "data.batch_size=2", f"output_dir={run}"))
+    assert "2 micro-batches" in outcome.out
+    assert checkpoint(run)["sampler"] == checkpoint(two_processes)["sampler"]
+    for mine, other in zip(losses(run)[6:], losses(two_processes)[6:], strict=True):
+        assert mine["loss/total"] == pytest.approx(other["loss/total"], abs=1e-4)
+
+
+def test_a_run_cannot_go_on_in_processes_that_do_not_divide_its_steps(commands, tiny, two_processes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two_processes, run)
+    (run / "metrics.json").unlink()
+    outcome = commands.run(*tiny, "data.batch_size=2", "launcher=gpus", "launcher.processes=3", f"output_dir={run}")
+    assert outcome.code == 1
+    assert "error: launcher.processes: 3 processes of data.batch_size=2 cannot make the steps of 4 images" in outcome.err

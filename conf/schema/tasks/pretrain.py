@@ -38,6 +38,7 @@ class Pretrain:
     schedule: Any = "${schedule}"
     epochs: int = "${epochs}"  # type: ignore[assignment]
     max_steps: int | None = "${max_steps}"  # type: ignore[assignment]
+    keep_teacher_every: int = "${evaluate_every}"  # type: ignore[assignment]
     checkpoint_every: int = "${checkpoint_every}"  # type: ignore[assignment]
     checkpoint: str | None = "${checkpoint}"
     start_epoch: int = "${start_epoch}"  # type: ignore[assignment]
