@@ -19,11 +19,15 @@ def main() -> None:
     import hydra
 
     import conf.schema
-    from conf import shorthand
+    from conf import shorthand, sweep
     from conf.explain import mistakes_in_one_line
 
     conf.schema.register()
     with mistakes_in_one_line():
+        if sweep.is_sweep(sys.argv[1:]):
+            from conf import sweep_launch
+
+            return sweep_launch.launch(sys.argv[1:], sweep_launch.Program(admit=admit, job=job, build=build))
         sys.argv[1:] = shorthand.expand(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(launch)()
 
@@ -33,8 +37,13 @@ def launch(config: Any) -> None:
     from conf import chain
     from conf.explain import mistakes_in_one_line
     from conf.resolve import resolve
+    from esvit.errors import OptionError
 
     with mistakes_in_one_line():
+        if config.plan:
+            return print_plan(config)
+        if config.search.trials:
+            raise OptionError("search.trials", "a search needs options that vary", "add -m and values, e.g. seed=0,1,2")
         options = resolve(config)
         if "RANK" in os.environ:  # plain torchrun: every rank has composed for itself, see `run_rank`
             return execute(options)
@@ -46,6 +55,27 @@ def launch(config: Any) -> None:
         if jobs:
             launcher.launch(jobs[0], then=jobs[1:], saved=job(teachers) if training and teachers else None)
     return None
+
+
+def print_plan(config: Any) -> None:
+    """What the run would be and cost; see esvit/tasks/plan_ahead.py."""
+    from conf.plan import options_of_plan
+
+    options = options_of_plan(config)
+    launcher = build(options["launcher"])
+    script = launcher.script(job(options)) if hasattr(launcher, "script") else None
+
+    from esvit.tasks.plan_ahead import Surroundings, plan_ahead
+
+    around = Surroundings(
+        name=options["name"],
+        backbone=options["backbone_name"],
+        precision=options["precision"],
+        processes=options["processes"],
+        script=script,
+        **options["planning"],
+    )
+    print("\n".join(plan_ahead(lambda: build(options["task"]), around)))
 
 
 def job(options: dict[str, Any]) -> Any:

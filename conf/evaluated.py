@@ -39,11 +39,8 @@ def take_over(arguments: list[str], planned: Mapping[str, dict[str, Any]]) -> li
     if schema is not None and _has_frozen(schema):
         known |= _frozen(config) | {"output_dir": f"{run.path}/evaluations/{task}_${{now:%Y-%m-%d_%H-%M-%S}}"}
     choices = config.get("choices", {})
-    if "uri" in config["tracking"]:
-        known |= {"tracking": "mlflow", "tracking.uri": config["tracking"]["uri"]}
-        known |= {"tracking.experiment_name": config["tracking"]["experiment_name"]}
-    else:
-        known["tracking"] = "none"
+    if "tracking" not in typed:
+        known |= _tracking(config["tracking"])
     for group in _GROUPS:
         if group in choices and group not in typed:
             known |= {group: choices[group]} | {f"{group}.{name}": value for name, value in flatten(config[group]).items()}
@@ -60,6 +57,13 @@ def _frozen(config: dict[str, Any]) -> dict[str, Any]:
     crop = config["augmentation"]["global_crops_size"]
     normalize = {f"task.frozen.normalize.{name}": value for name, value in config["task"]["normalize"].items()}
     return {"task.frozen.crop": crop, "task.frozen.resize": round(crop * _RESIZE_OVER_CROP)} | normalize
+
+
+def _tracking(options: dict[str, Any]) -> dict[str, Any]:
+    """The run's own store."""
+    if "uri" not in options:
+        return {"tracking": "none"}
+    return {"tracking": "mlflow", "tracking.uri": options["uri"], "tracking.experiment_name": options["experiment_name"]}
 
 
 def _written(value: Any) -> str:

@@ -37,7 +37,8 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_option(cause)
     if isinstance(cause, ValidationError):
-        return f"{cause.full_key}: {_first_sentence(cause)}; give it a value of the right type"
+        remedy = f"write a list, {cause.full_key}=[...]" if "is not a ListConfig" in str(cause) else "give it a value of the right type"
+        return f"{cause.full_key}: {_first_sentence(cause)}; {remedy}"
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key}: has no value; give one, e.g. {cause.full_key}=..."
     if isinstance(cause, InterpolationResolutionError):

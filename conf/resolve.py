@@ -37,10 +37,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     options["output_dir"] = _folder(options["output_dir"], is_fresh="${now" in references["output_dir"])
     has_run_folder = options["task"].pop("has_run_folder")
     choices = HydraConfig.get().runtime.choices
+    plan = options.pop("plan")
     of_the_run = {key: value for key, value in options.items() if key in used or not isinstance(value, dict)}
     options["chosen"] = _drop_references(references, of_the_run, top=True)
     options["chosen"]["choices"] = {name: choice for name, choice in choices.items() if name in used}
-    options["has_run_folder"] = has_run_folder
+    options |= {"has_run_folder": has_run_folder, "plan": plan}
     return options
 
 

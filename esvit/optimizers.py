@@ -11,7 +11,7 @@ Unusual here:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ CLIP_MODES = ("parameter", "global", "none")
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trainable parameters that share their weight decay. The three lists run in parallel.
+    """Trainable parameters that share weight decay and learning rate. The three lists run in parallel.
 
     decayed     whether the scheduled weight decay applies; otherwise it is 0
+    rate_scale  factor of the scheduled learning rate
     last_layer  which of the parameters belong to the prototypes
     """
 
@@ -37,27 +38,43 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
     last_layer: list[bool]
     decayed: bool
+    rate_scale: float
 
 
-def parameter_groups(network: nn.Module) -> list[ParameterGroup]:
-    """Two groups: what weight decay applies to, and the rest; frozen parameters are in neither.
+def parameter_groups(
+    network: nn.Module, *, rate_scales: Mapping[str, float] | None = None, tables_decay: bool = True
+) -> list[ParameterGroup]:
+    """What weight decay applies to, and the rest: two groups for each learning rate; frozen parameters are in none.
 
-    As in the paper's code everything that is not 1-D and not named `*.bias` decays, hence also relative-position tables,
-    position embeddings and a trainable `weight_g` of the prototypes.
+    rate_scales   factor of the learning rate for each parameter by name; None means 1 for all
+    tables_decay  as in the paper's code everything that is not 1-D and not named `*.bias` decays, hence also relative-position tables,
+                  position embeddings and a trainable `weight_g` of the prototypes. False: weights of layers only, `*weight`, as recipes
+                  of supervised training have it
     """
     trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    scales = {1.0} if rate_scales is None else set(rate_scales.values())
     groups = []
     for decayed in (True, False):
-        chosen = [(name, parameter) for name, parameter in trainable if (parameter.ndim != 1 and not name.endswith(".bias")) == decayed]
-        groups.append(
-            ParameterGroup(
-                names=[name for name, _ in chosen],
-                parameters=[parameter for _, parameter in chosen],
-                last_layer=[LAST_LAYER in name for name, _ in chosen],
-                decayed=decayed,
+        for scale in sorted(scales):
+            chosen = [
+                (name, parameter)
+                for name, parameter in trainable
+                if _decays(name, parameter, tables_decay) == decayed and (rate_scales is None or rate_scales[name] == scale)
+            ]
+            groups.append(
+                ParameterGroup(
+                    names=[name for name, _ in chosen],
+                    parameters=[parameter for _, parameter in chosen],
+                    last_layer=[LAST_LAYER in name for name, _ in chosen],
+                    decayed=decayed,
+                    rate_scale=scale,
+                )
             )
-        )
     return groups
+
+
+def _decays(name: str, parameter: nn.Parameter, tables_decay: bool) -> bool:
+    return parameter.ndim != 1 and not name.endswith(".bias") and (tables_decay or name.endswith("weight"))
 
 
 def clip_each_(gradients: list[Tensor], limit: float) -> Tensor:
@@ -86,7 +103,7 @@ def _norms(gradients: list[Tensor]) -> Tensor:
 class StudentOptimizer:
     """One update of the student per optimizer step: `set`, `backward` (once per micro-batch), `step`.
 
-    groups     from `parameter_groups`; the first is the decayed one
+    groups     from `parameter_groups`
     optimizer  over one parameter group for each of `groups`, state already made; honours a 0-d float tensor `found_inf` (1: do nothing)
     clip       "parameter" (each gradient by itself), "global" (all by one factor) or "none"
     clip_norm  the largest L2 norm that clipping leaves
@@ -112,7 +129,7 @@ class StudentOptimizer:
     def set(self, now: StepValues) -> None:
         """Take the learning rate, weight decay and freezing of this step."""
         for group, tags in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = now.learning_rate
+            group["lr"] = now.learning_rate * tags.rate_scale
             group["weight_decay"] = now.weight_decay if tags.decayed else 0.0
         self.last_layer_frozen = now.last_layer_frozen
 
@@ -152,7 +169,7 @@ class StudentOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors: the state of every parameter by name, which names decay, and fp16's scale."""
         return {
-            "decayed": list(self.groups[0].names),
+            "decayed": self._decayed(),
             "parameters": {name: dict(state) for name, state in self._states().items()},
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
@@ -166,7 +183,7 @@ class StudentOptimizer:
             names = sorted(ours.keys() ^ theirs.keys())
             found = f"the optimizer's state is of other parameters ({len(names)} differ, {names[0]} for example)"
             raise OptionError("output_dir", found, remedy)
-        if sorted(saved["decayed"]) != sorted(self.groups[0].names):
+        if sorted(saved["decayed"]) != sorted(self._decayed()):
             raise OptionError("output_dir", "weight decay applies to other parameters in the optimizer's state", remedy)
         for name, state in ours.items():
             here = {key: tuple(value.shape) for key, value in state.items()}
@@ -181,6 +198,9 @@ class StudentOptimizer:
                 value.copy_(theirs[name][key])
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
+
+    def _decayed(self) -> list[str]:
+        return [name for group in self.groups if group.decayed for name in group.names]
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
         named = [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]
@@ -208,9 +228,20 @@ class _Optimizer(ABC):
         if self.clip != "none" and self.clip_norm <= 0:
             raise OptionError("optimizer.clip_norm", f"{self.clip_norm} is not above 0", "use optimizer.clip=none for no clipping")
 
-    def build(self, network: nn.Module, *, precision: str, device: torch.device) -> StudentOptimizer:
-        """The optimizer of `network`, which already is on `device`; the loss is scaled when `precision` is "fp16"."""
-        groups = parameter_groups(network)
+    def build(
+        self,
+        network: nn.Module,
+        *,
+        precision: str,
+        device: torch.device,
+        rate_scales: Mapping[str, float] | None = None,
+        tables_decay: bool = True,
+    ) -> StudentOptimizer:
+        """The optimizer of `network`, which already is on `device`; the loss is scaled when `precision` is "fp16".
+
+        rate_scales, tables_decay  see `parameter_groups`
+        """
+        groups = parameter_groups(network, rate_scales=rate_scales, tables_decay=tables_decay)
         # a group without parameters stays: the groups here and the optimizer's run in parallel
         optimizer = self._optimizer([{"params": group.parameters} for group in groups])
         for group in groups:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers import children
 from launchers.job import Job
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -25,14 +26,36 @@ _SECONDS_AFTER_FAILURE = 5  # for the other ranks to fail by themselves, and lea
 class Gpus:
     """processes      how many ranks; 0 means one per visible NVIDIA GPU
     grace_seconds  how long ranks may go on, after one has ended on a signal, before they are killed
+    parallel       how many children of a sweep run at once, each with so many ranks
     """
 
     processes: int
     grace_seconds: float
+    parallel: int
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
-        """Run the job in every rank; ends this process with the first failing rank's exit code and message."""
-        count = self.processes or _visible_gpus()
+        """Run the job, and what follows it, in every rank; ends this process with the first failing rank's exit code and message."""
+        for each in children.in_order(job, then, saved):
+            self._run(each)
+
+    def launch_array(
+        self,
+        jobs: Sequence[Job],
+        *,
+        names: Sequence[str],
+        folder: str | Path,
+        then: Sequence[Sequence[Job]] = (),
+        saved: Sequence[Job] = (),
+    ) -> None:
+        """Run the children to their ends; ends this process with exit code 1 if one of them failed."""
+        children.run_array(self, jobs, names=names, folder=folder, then=then, saved=saved, gpus_each=self.gpus_each())
+
+    def gpus_each(self) -> int:
+        """How many GPUs one job takes."""
+        return self.processes or max(1, len(children.gpus()))
+
+    def _run(self, job: Job) -> None:
+        count = self.gpus_each()
         with tempfile.TemporaryDirectory() as scratch:
             port = _free_port()
             job.write(Path(scratch) / "job.json")
@@ -102,10 +125,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _visible_gpus() -> int:
-    """GPUs by the driver's own list, so that torch need not be imported here; 1 where there is none."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return max(1, len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))

@@ -5,11 +5,13 @@ A default lives here and nowhere else. The comment behind an option is what `pyt
 
 from hydra.core.config_store import ConfigStore
 
+from conf import recipes
 from conf.schema import inputs, models, root, running, tasks, training
 
 
 def register() -> None:
-    """Make every schema known to Hydra under schema/<group>/<name>; a preset begins with its schema."""
+    """Make every schema known to Hydra under schema/<group>/<name>, where a preset begins with its schema; and the recipes of sweeps."""
+    recipes.register()
     store = ConfigStore.instance()
     store.store(name="root_schema", node=root.Root)
     for module in (models, inputs, training, running, tasks):

@@ -68,6 +68,21 @@ class Normalize:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
 
+class Interpolation(Enum):
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+@dataclass
+class TrainingCrop:
+    _target_: str = "esvit.augmentations.supervised.RandomResizedCropFlip"
+    size: int = 224  # side (pixels)
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the image's area, from and to
+    interpolation: Interpolation = Interpolation.bilinear  # bilinear or bicubic
+    flip_probability: float = 0.5
+    color_jitter: float = 0.0  # strength of changes of brightness, contrast and saturation; 0 means none
+
+
 class MixingMode(Enum):
     batch = "batch"
     pair = "pair"

@@ -35,6 +35,32 @@ class Planning:
     throughput: str | None = None  # Markdown file whose table task=throughput wrote on the GPU in question; adds its time to the plan
 
 
+class Direction(Enum):
+    maximize = "maximize"
+    minimize = "minimize"
+
+
+class Sampler(Enum):
+    tpe = "tpe"
+    random = "random"
+
+
+@dataclass
+class Search:
+    """What `-m` does with the values it is given: runs every combination, or searches them with Optuna."""
+
+    trials: int = 0  # runs in all, failed and stopped ones too; 0 runs every combination instead
+    metric: str = "knn/teacher"  # what is searched for: a name in the runs' metrics.json and, to stop runs early, log.jsonl
+    direction: Direction = Direction.maximize  # maximize or minimize
+    sampler: Sampler = Sampler.tpe  # tpe (learns from the runs so far) or random
+    startup_trials: int = 8  # with tpe: so many random runs first
+    seed: int = 0  # of the sampler
+    at_once: int | None = None  # runs at the same time; null means launcher.parallel, or launcher.array_parallelism with SLURM
+    prune: bool = True  # stop a run whose metric is worse than the median of the others at the same epoch
+    prune_startup_trials: int = 4  # so many runs end undisturbed first
+    prune_from_epoch: int = 0  # no run is stopped before this epoch (from 0)
+
+
 @dataclass
 class Root:
     """Top level. Groups first; each is chosen by name, e.g. `backbone=swin_small`."""
@@ -68,3 +94,4 @@ class Root:
     resize_positions: bool = False  # resize tables of positions (bicubic) from `checkpoint` made with other windows or another image size
     plan: bool = False  # print sizes, memory, time, disk and sbatch script of a pre-training; runs and writes nothing, needs no data
     planning: Planning = field(default_factory=Planning)
+    search: Search = field(default_factory=Search)

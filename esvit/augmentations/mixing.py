@@ -6,7 +6,7 @@ where they are not symmetric (mode "elem"). Here the crops handed in stay as the
 Letters: V crops, B images, C channels, h and w the sides of a crop in pixels.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Mixing:
             raise OptionError(f"{OPTION}.mode", f"'{mode}'", "use batch, pair or elem")
         if crops < 0:
             raise OptionError(f"{OPTION}.crops", f"{crops}", "use 0 or more")
+        self._options = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha, "probability": probability, "mode": mode}
+        self._options |= {"switch_probability": switch_probability, "crops": crops}
         self._mixup_alpha = mixup_alpha
         self._cutmix_probability = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else switch_probability
         self._cutmix_alpha = cutmix_alpha
@@ -76,6 +78,10 @@ class Mixing:
             mixed[v] = _mix(crop, shares, boxes)
             matrices[v] = np.diag(shares) + np.diag(1 - shares)[:, ::-1]  # the middle image of an odd batch keeps a share of 1
         return mixed, torch.from_numpy(matrices).to(crops[0].device, non_blocking=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol has to say of it; of what is off, only that."""
+        return self._options if self.is_on else {"probability": 0.0}
 
     def _draw(self, count: int, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Share of each image in its own mixture (B,) float32; boxes to take from the partner, (B, 4) top, bottom, left, right.

@@ -7,7 +7,7 @@ A stage may carry class tokens before its grid's cells; then the first of them s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,25 @@ class AttentionWindows:
         return cells / cells.sum(dim=-1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class BlockAttention:
+    """Where one block looks.
+
+    windows       its attention as computed
+    grid          (rows, columns) of its stage
+    class_tokens  how many class tokens sit in the first slots of its one window; the first of them stands for the image. 0: no such
+                  token, and the mean of the cells stands for it
+    """
+
+    windows: AttentionWindows
+    grid: tuple[int, int]
+    class_tokens: int
+
+
+class NoAttention(OptionError):  # noqa: N818 (a convolutional network is not in error, until it is asked where it looks)
+    """The backbone has no attention, or none that has a place on the image."""
+
+
 class AttentionBlock(nn.Module, ABC):
     """A block that can say where it looks."""
 
@@ -87,6 +106,26 @@ class Backbone(nn.Module, ABC):
         """Blocks of each stage, in order; empty for a network without attention."""
         return []
 
+    def all_blocks(self) -> list[nn.Module]:
+        """Every block, first to last: those with attention, unless a network has others and lists them."""
+        return [block for stage in self.attention_blocks() for block in stage]
+
+    def parameters_by_depth(self) -> list[list[str]]:
+        """Names of all parameters, from input to output: before the first block, each block with what leads to the next, the final norm.
+
+        Two entries more than there are blocks; the last is empty without a final norm. What belongs to no block is placed by the order in
+        which the network registers its parts, which has to be the order of their use.
+        """
+        blocks = self.all_blocks()
+        block_of = {id(parameter): number for number, block in enumerate(blocks, start=1) for parameter in block.parameters()}
+        of_norm = {id(parameter) for parameter in self.norm.parameters()}
+        names: list[list[str]] = [[] for _ in range(len(blocks) + 2)]
+        depth = 0
+        for name, parameter in self.named_parameters():
+            depth = block_of.get(id(parameter), depth)
+            names[-1 if id(parameter) in of_norm else depth].append(name)
+        return names
+
     def forward(self, images: Tensor) -> Features:
         """(B, C, H, W) -> Features of width D."""
         (stage,) = self.encode(images, last_only=True)
@@ -98,23 +137,39 @@ class Backbone(nn.Module, ABC):
 
         Raises ValueError if the network has fewer blocks.
         """
+        return self.last_blocks_and_regions(images, count)[0]
+
+    def last_blocks_and_regions(self, images: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
+        """`last_blocks`, and from the same pass the mean (B, D) of the regions that `forward` gives."""
         if not 1 <= count <= len(self.block_dims):
             raise ValueError(f"features of the last {count} blocks were asked for; give a number from 1 to {len(self.block_dims)}")
         stages = self.encode(images)
         leaving = [(stage, tokens) for stage in stages for tokens in stage.tokens[1:]][-count:]
-        return [_pool(self.norm(tokens) if stage is stages[-1] else tokens, stage.grid) for stage, tokens in leaving]
+        leaving = [(stage, self.norm(tokens) if stage is stages[-1] else tokens) for stage, tokens in leaving]
+        last_stage, last_tokens = leaving[-1]
+        return [_pool(tokens, stage.grid) for stage, tokens in leaving], _cells(last_tokens, last_stage.grid).mean(dim=1)
 
     def attentions(self, images: Tensor) -> list[Tensor]:
         """Per block, first to last: (B, heads, N, N) on the whole grid of its stage, windows and shifts undone, rows sum to 1.
 
         The first stage of a 224-pixel Swin takes 39 MB per image and head: ask for few images at a time.
-        Raises OptionError for a network without attention.
+        Raises NoAttention for a network without attention.
         """
-        return [windows.on_grid(grid) for windows, grid in self._look(images)]
+        return [block.windows.on_grid(block.grid) for block in self.looks(images)]
 
     def window_attentions(self, images: Tensor) -> list[AttentionWindows]:
-        """Per block, first to last: the attention as computed, padding included. Raises OptionError without attention."""
-        return [windows for windows, _ in self._look(images)]
+        """Per block, first to last: the attention as computed, padding included. Raises NoAttention without attention."""
+        return [block.windows for block in self.looks(images)]
+
+    def looks(self, images: Tensor) -> Iterator[BlockAttention]:
+        """Block after block, first to last: one at a time is in memory. Raises NoAttention, at the first, without attention."""
+        stage_blocks = self.attention_blocks()
+        if not stage_blocks:
+            raise NoAttention("backbone", f"{type(self).__name__} has no attention", "choose a transformer, such as backbone=swin_tiny")
+        for blocks, stage in zip(stage_blocks, self.encode(images), strict=True):
+            class_tokens = stage.tokens[0].shape[1] - stage.grid[0] * stage.grid[1]
+            for block, entering in zip(blocks, stage.tokens[:-1], strict=True):
+                yield BlockAttention(block.attention(entering, stage.grid), stage.grid, class_tokens)
 
     def disable_drop_path(self) -> None:
         """Never drop a branch again, in training neither: what the teacher asks for."""
@@ -139,16 +194,6 @@ class Backbone(nn.Module, ABC):
         None if the entry is no such table, or cannot be resized. Here: biases by relative position, entries "...bias_table".
         """
         return resized_bias_table(table, shape) if name.endswith("bias_table") else None
-
-    def _look(self, images: Tensor) -> list[tuple[AttentionWindows, tuple[int, int]]]:
-        stage_blocks = self.attention_blocks()
-        if not stage_blocks:
-            raise OptionError("backbone", f"{type(self).__name__} has no attention", "choose a transformer, such as backbone=swin_tiny")
-        looks = []
-        for blocks, stage in zip(stage_blocks, self.encode(images), strict=True):
-            for block, entering in zip(blocks, stage.tokens[:-1], strict=True):
-                looks.append((block.attention(entering, stage.grid), stage.grid))
-        return looks
 
 
 def _cells(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -41,17 +41,23 @@ class ResNet(Backbone):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.norm = nn.Identity()
 
+    def all_blocks(self) -> list[nn.Module]:
+        return [block for layer in self._layers() for block in layer]
+
     def encode(self, images: Tensor, *, last_only: bool = False) -> list[Stage]:
         image_map = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         stages = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for layer in self._layers():
             tokens = [_tokens(image_map)]
-            for block in cast(nn.Sequential, layer):
+            for block in layer:
                 image_map = block(image_map)
                 leaving = _tokens(image_map)
                 tokens = [leaving] if last_only else [*tokens, leaving]
             stages.append(Stage(tokens, (image_map.shape[2], image_map.shape[3])))
         return stages[-1:] if last_only else stages
+
+    def _layers(self) -> list[nn.Sequential]:
+        return [cast(nn.Sequential, layer) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
 
 def _tokens(image_map: Tensor) -> Tensor:

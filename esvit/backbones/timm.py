@@ -19,9 +19,10 @@ from typing import Any, cast
 import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
+from timm.models import group_parameters
 from torch import Tensor, nn
 
-from esvit.backbones.base import AttentionWindows, Backbone, Stage
+from esvit.backbones.base import AttentionWindows, Backbone, BlockAttention, NoAttention, Stage
 from esvit.errors import OptionError
 from esvit.records import Features
 
@@ -73,13 +74,23 @@ class Timm(Backbone):
         cells = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
         return Features(pooled=pooled, regions=self._regions(cells, final), grid=grid)
 
-    def last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+    def last_blocks_and_regions(self, images: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
         if not 1 <= count <= len(self.block_dims):
             raise ValueError(f"features of the last {count} blocks were asked for; give a number from 1 to {len(self.block_dims)}")
-        with_class_token = getattr(self.model, "global_pool", None) == "token" and getattr(self.model, "num_prefix_tokens", 0) > 0
+        with_class_token = self._pools_class_token()
         options: dict[str, Any] = {"return_prefix_tokens": True} if with_class_token else {}
-        _, stages = self._intermediates(images, indices=count, norm=True, **options)
-        return [stage[1][:, 0] if with_class_token else stage.mean(dim=(2, 3)) for stage in stages]
+        final, stages = self._intermediates(images, indices=count, norm=True, **options)
+        tokens, grid = self._tokens(final, stages[-1][0] if with_class_token else stages[-1])
+        cells = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+        blocks = [stage[1][:, 0] if with_class_token else stage.mean(dim=(2, 3)) for stage in stages]
+        return blocks, self._regions(cells, final).mean(dim=1)
+
+    def parameters_by_depth(self) -> list[list[str]]:
+        """By timm's own grouping, which has the final norm with the last block; one entry for all of a network that timm does not group."""
+        if not hasattr(self.model, "group_matcher"):
+            return super().parameters_by_depth()
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=False))
+        return [[f"model.{name}" for name in layers[depth]] for depth in sorted(layers)] + [[]]
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """From timm, without the classifier."""
@@ -94,6 +105,9 @@ class Timm(Backbone):
         for module in self.modules():
             if isinstance(module, TimmDropPath):
                 module.drop_prob = 0.0
+
+    def _pools_class_token(self) -> bool:
+        return getattr(self.model, "global_pool", None) == "token" and getattr(self.model, "num_prefix_tokens", 0) > 0
 
     def _intermediates(self, images: Tensor, *, indices: int | None, norm: bool = False, **options) -> tuple[Tensor, list]:
         """What timm's head pools, and maps (B, d, rows, columns) of the intermediate features: the last `indices`, or all."""
@@ -141,7 +155,7 @@ class Timm(Backbone):
             alone = alone.unsqueeze(1)
         return self.model.forward_head(alone, pre_logits=True).unflatten(0, cells.shape[:2])
 
-    def _look(self, images: Tensor) -> list[tuple[AttentionWindows, tuple[int, int]]]:
+    def looks(self, images: Tensor) -> Iterator[BlockAttention]:
         layers = [module for module in self.model.modules() if hasattr(module, "fused_attn") and hasattr(module, "attn_drop")]
         with _softmax_weights(layers) as weights:
             final, maps = self._intermediates(images, indices=1)
@@ -149,9 +163,11 @@ class Timm(Backbone):
         slots, cells = tokens.shape[1], grid[0] * grid[1]
         if not weights or any(len(block) != len(images) or block.shape[2:] != (slots, slots) for block in weights):
             found = f"{self.name} has no blocks of attention over the whole image, in timm's usual form"
-            raise OptionError("backbone", found, "choose a plain vision transformer, or a transformer of ours, such as backbone=swin_tiny")
+            raise NoAttention("backbone", found, "choose a plain vision transformer, or a transformer of ours, such as backbone=swin_tiny")
         places = torch.arange(cells - slots, cells, device=images.device).clamp(min=-1).unsqueeze(0)
-        return [(AttentionWindows(block.unsqueeze(1), places), grid) for block in weights]
+        class_tokens = slots - cells if self._pools_class_token() else 0
+        for block in weights:
+            yield BlockAttention(AttentionWindows(block.unsqueeze(1), places), grid, class_tokens)
 
 
 @contextlib.contextmanager

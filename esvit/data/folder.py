@@ -42,8 +42,8 @@ class FolderImages(ImageSet):
         self.root = existing_folder(option, root)
         folders, loose = _list(self.root, option)
         if "train" in folders and set(folders) <= _SPLITS and not loose:
-            remedy = f"use data.root={os.path.join(self.root, 'train')}"
-            if "val" in folders:
+            remedy = f"use {option}={os.path.join(self.root, 'train')}"
+            if "val" in folders and option == "data.root":
                 remedy += f" data.val_root={os.path.join(self.root, 'val')}"
             raise OptionError(option, f"'{self.root}' holds the splits {', '.join(folders)} instead of classes", remedy)
         self.class_names = [] if loose else folders if class_names is None else class_names

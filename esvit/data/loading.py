@@ -137,15 +137,25 @@ def evaluation_batches(
     Unreadable images are left out, since a neighbour in their place would count twice: go by the indices. Their names go to
     `on_bad_images` (for example `BadImages.add`), or to the log. Raises OptionError if a loading process dies.
     """
-    first, end = len(images) * rank // world_size, len(images) * (rank + 1) // world_size
-    shares = (list(range(begin, min(begin + batch_size, end))) for begin in range(first, end, batch_size))
-    for crops, indices, bad_images in _results(_EvaluationDraws(images, transform), shares, workers, "data"):
+    draws = _EvaluationDraws(images, transform)
+    batches = sharded_batches(draws, count=len(images), batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
+    for crops, indices, bad_images in batches:
         if bad_images and on_bad_images is not None:
             on_bad_images(bad_images)
         elif bad_images:
             log.warning("left out %d unreadable images: %s", len(bad_images), ", ".join(bad_images))
         if len(indices):
             yield crops, indices
+
+
+def sharded_batches(draws: Dataset, *, count: int, batch_size: int, workers: int, rank: int, world_size: int) -> Iterator[Any]:
+    """What `draws.__getitems__` makes of this rank's contiguous share of the numbers below `count`: once and in order, batch by batch.
+
+    It may return an OptionError, which is raised here. Raises OptionError too if a loading process dies.
+    """
+    first, end = count * rank // world_size, count * (rank + 1) // world_size
+    shares = (list(range(begin, min(begin + batch_size, end))) for begin in range(first, end, batch_size))
+    return _results(draws, shares, workers, "data")
 
 
 class _Draws(Dataset):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -109,11 +110,7 @@ def curves_svg(panel: Panel, records: Sequence[dict]) -> bytes | None:
             color=MUTED,
         )
 
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
+    quiet(axes)
     axes.set_xlabel("optimizer step", color=MUTED, size=9.5)
     axes.set_ylabel(panel.unit, color=MUTED, size=9.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -129,6 +126,15 @@ def curves_svg(panel: Panel, records: Sequence[dict]) -> bytes | None:
     with matplotlib.rc_context({"svg.hashsalt": panel.title}):  # the same records give the same file
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out.getvalue()
+
+
+def quiet(axes: Axes) -> None:
+    """No frame, and lines and numbers that stay behind the data."""
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
 
 
 def _points(records: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from esvit.tracking.environment import source_state
 
 PROTOCOL_NAME = "protocol.json"
 _IDENTITY = ("frozen.weights", "frozen.step", "commit")  # what was measured, and by which code: these differ between comparable results
+_CHOSEN = "chosen."  # what a sweep found to be best is a part of its result
 
 
 def write_protocol(folder: Path, protocol: Mapping[str, Any]) -> Path:
@@ -28,7 +29,7 @@ def read_protocol(folder: Path) -> dict[str, Any] | None:
 
 
 def protocol_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted option -> both values, for everything that keeps two results from being compared; weights and commit do not."""
+    """Dotted option -> both values, for everything that keeps two results from being compared; weights, commit and choices do not."""
     one, other = flatten(dict(ours)), flatten(dict(theirs))
-    names = [name for name in sorted(one | other) if name not in _IDENTITY]
+    names = [name for name in sorted(one | other) if name not in _IDENTITY and not name.startswith(_CHOSEN)]
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}

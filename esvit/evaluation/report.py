@@ -1,18 +1,16 @@
 """The page that a run leaves behind: what it reached, how it went and with what options, in one file that opens anywhere.
 
-Nothing is loaded from elsewhere: style is inline, pictures are base64. Whatever a run did not log is left out.
+Whatever a run did not log is left out.
 """
 
-import base64
 import html
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from esvit.evaluation.figures import Panel, curves_svg
+from esvit.evaluation.page import configuration, data_url, metrics_table, number, section, write_page
 
 KNN_ROWS = {  # metric -> what the page calls it; the last is the one that counts
     "knn/raw_pixels": "Raw pixels",
@@ -142,35 +140,15 @@ def write_report(
     """
     picture = crops_png.read_bytes() if isinstance(crops_png, Path) else crops_png
     sections = [
-        _section("Result", _knn_table(metrics)),
-        _section("Learning", _figures([_with_levels(panel, metrics) for panel in LEARNING], records)),
-        _section("What the network sees", _crops(picture)),
-        _section("Health, without labels", _figures(HEALTH, records) + _health_table(records)),
-        _section("Schedules and speed", _figures(COURSE, records)),
-        _section("Final metrics", _metrics_table(metrics)),
-        _section("Configuration", _configuration(config)),
+        section("Result", _knn_table(metrics)),
+        section("Learning", _figures([_with_levels(panel, metrics) for panel in LEARNING], records)),
+        section("What the network sees", _crops(picture)),
+        section("Health, without labels", _figures(HEALTH, records) + _health_table(records)),
+        section("Schedules and speed", _figures(COURSE, records)),
+        section("Final metrics", metrics_table(metrics)),
+        section("Configuration", configuration(config)),
     ]
-    page = _PAGE.format(
-        title=html.escape(title), style=_STYLE, facts=_facts(facts), notes=_notes(notes), body="".join(sections), icon=_ICON
-    )  # fmt: skip
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>" if content else ""
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(text))}</dd></div>" for name, text in facts.items())
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    write_page(path, kind="EsViT pre-training report", title=title, facts=facts, notes=notes, sections=sections)
 
 
 def _knn_table(metrics: dict[str, float]) -> str:
@@ -234,7 +212,7 @@ def _with_levels(panel: Panel, metrics: dict[str, float]) -> Panel:
 def _figures(panels: Sequence[Panel], records: Sequence[dict]) -> str:
     drawn = [(panel, curves_svg(panel, records)) for panel in panels]
     figures = "".join(
-        f'<figure class="card"><h3>{html.escape(panel.title)}</h3><img alt="{html.escape(panel.title)}" src="{_data_url(svg, "svg+xml")}">'
+        f'<figure class="card"><h3>{html.escape(panel.title)}</h3><img alt="{html.escape(panel.title)}" src="{data_url(svg, "svg+xml")}">'
         f"<figcaption>{html.escape(panel.caption)}</figcaption></figure>"
         for panel, svg in drawn
         if svg is not None
@@ -246,7 +224,7 @@ def _crops(png: bytes | None) -> str:
     if png is None:
         return ""
     return (
-        f'<figure class="card beside"><div class="scroll"><img class="crops" alt="augmented crops" src="{_data_url(png, "png")}"></div>'
+        f'<figure class="card beside"><div class="scroll"><img class="crops" alt="augmented crops" src="{data_url(png, "png")}"></div>'
         "<figcaption>One row per image. The teacher sees the global crops, the student all of them; what it says of each crop has to "
         "match what the teacher says of the others. Check that a local crop still shows something to recognise, and that colour alone "
         "does not give the image away.</figcaption></figure>"
@@ -258,8 +236,7 @@ def _health_table(records: Sequence[dict]) -> str:
     if last is None:
         return ""
     cells = "".join(
-        f'<tr><th scope="row">{name}</th><td class="number">{_number(last[metric])}</td><td>{unit}</td>'
-        f'<td class="muted">{healthy}</td></tr>'
+        f'<tr><th scope="row">{name}</th><td class="number">{number(last[metric])}</td><td>{unit}</td><td class="muted">{healthy}</td></tr>'
         for metric, (name, unit, healthy) in HEALTH_ROWS.items()
         if metric in last
     )
@@ -268,122 +245,3 @@ def _health_table(records: Sequence[dict]) -> str:
         f'<tbody>{cells}</tbody></table><p class="caption">At step {last["step"]}, from one batch of one process, at the view level. '
         "These signs need no labels; they tell collapse from life, not good from better.</p></div>"
     )
-
-
-def _metrics_table(metrics: dict[str, float]) -> str:
-    cells = "".join(
-        f'<tr><th scope="row"><code>{html.escape(name)}</code></th><td class="number">{_number(value)}</td></tr>'
-        for name, value in sorted(metrics.items())
-    )
-    summary = f"{len(metrics)} values, as in metrics.json"
-    return f'<details class="card"><summary>{summary}</summary><table>{cells}</table></details>' if cells else ""
-
-
-def _configuration(config: dict) -> str:
-    lines = "\n".join(html.escape(line) for line in _flat(config))
-    summary = "Every option of this run, as it would be typed on the command line"
-    return f'<details class="card"><summary>{summary}</summary><pre>{lines}</pre></details>'
-
-
-def _flat(config: dict, prefix: str = "") -> list[str]:
-    """`a.b=1` for every leaf of nested dicts; keys that begin with an underscore are not the user's."""
-    lines = []
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            lines += _flat(value, f"{prefix}{name}.")
-        elif not str(name).startswith("_"):
-            lines.append(f"{prefix}{name}={_typed(value)}")
-    return lines
-
-
-def _typed(value: Any) -> str:
-    """A value as Hydra reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_typed(each) for each in value)}]"
-    return str(value)
-
-
-def _number(value: float | None) -> str:
-    """Four significant digits, without an exponent where one can do without."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    if value == 0 or 1e-4 <= abs(value) < 1e6:
-        decimals = 0 if float(value).is_integer() else max(0, 3 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{decimals}f}"
-    return f"{value:.3e}"
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-_ICON = _data_url(
-    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="10" height="10" x="1" y="1" rx="2" fill="#1f6fb2"/>'
-    b'<rect width="7" height="7" x="8" y="8" rx="2" fill="#d9772b"/></svg>',
-    "svg+xml",
-)
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="{icon}">
-<style>{style}</style>
-</head>
-<body>
-<header><div class="page"><p class="kind">EsViT pre-training report</p><h1>{title}</h1><dl>{facts}</dl></div></header>
-<main class="page">{notes}{body}</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e8ec; --paper: #f5f7f9; --blue: #1f6fb2; --quiet: #b6c2ce; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-.page { max-width: 1080px; margin: 0 auto; padding: 0 20px; }
-header { background: #14324d; color: white; padding: 34px 0 26px; }
-header .kind { margin: 0; color: #a9c4dc; font-size: 14px; letter-spacing: .04em; }
-h1 { margin: 2px 0 18px; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 14px; font-size: 22px; }
-h3 { margin: 0 0 8px; font-size: 16px; }
-dl { display: flex; flex-wrap: wrap; gap: 12px 32px; margin: 0; }
-dt { color: #a9c4dc; font-size: 13px; }
-dd { margin: 0; font-size: 15px; overflow-wrap: anywhere; }
-main { padding-bottom: 60px; }
-.card { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 0; }
-.card + .card, .grid + .card { margin-top: 16px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px; }
-.grid img { display: block; width: 100%; height: auto; max-width: 640px; }
-.grid .card { margin: 0; }
-.scroll { overflow-x: auto; }
-.beside { display: flex; flex-wrap: wrap; gap: 8px 28px; }
-.beside .scroll { max-width: 100%; }
-.beside figcaption { flex: 1 1 260px; }
-.crops { display: block; max-width: 100%; min-width: min(560px, 100%); height: auto; }
-figcaption, .caption { margin: 12px 0 0; color: var(--muted); font-size: 14px; line-height: 1.5; max-width: 75ch; }
-.verdict { margin: 0 0 14px; font-size: 18px; max-width: 60ch; }
-.note { margin: 24px 0 -8px; padding: 12px 16px; background: #fff6e5; border: 1px solid #f0d9a8; border-radius: 10px; }
-.note + .note { margin-top: 16px; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; }
-th { text-align: left; font-weight: 500; }
-thead th { color: var(--muted); font-size: 13px; border-bottom: 1px solid var(--line); }
-th, td { padding: 7px 14px 7px 0; vertical-align: middle; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.muted { color: var(--muted); }
-.bars th { white-space: nowrap; width: 1%; }
-.bars .bar { width: 99%; }
-.bars .bar span { display: block; height: 20px; border-radius: 4px; background: var(--quiet); min-width: 2px; }
-.bars .ours .bar span { background: var(--blue); }
-.bars .ours th, .bars .ours .number { font-weight: 700; }
-summary { cursor: pointer; font-weight: 500; }
-details table { margin-top: 12px; width: auto; min-width: min(100%, 460px); }
-pre { margin: 14px 0 0; overflow-x: auto; font-size: 13px; line-height: 1.5; }
-@media (max-width: 560px) { h1 { font-size: 25px; } .card { padding: 14px; } th, td { padding-right: 10px; } }
-@media print { body { background: white; } .card { break-inside: avoid; } }
-"""

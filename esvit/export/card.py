@@ -11,6 +11,8 @@ import yaml
 FROM_CONFIG = ("backbone", "head", "loss", "augmentation", "data", "optimizer", "schedule", "epochs", "max_steps", "precision", "task")
 OF_THE_MACHINE = ("speed/", "system/", "memory/", "schedule/", "images_per_second")  # metrics
 PLACES = ("root", "val_root")  # of a machine, not of a model
+PRE_TRAINED = "A backbone pre-trained without labels by matching views and regions (EsViT)."
+TRAINED_BY = {"finetune": "A backbone fine-tuned, all of it, to name the classes of labelled images."}  # task -> the first sentence
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def card(*, name: str, format: str, facts: dict[str, str], source: Source, usage
         [
             f"# {name}",
             "",
-            "A backbone pre-trained without labels by matching views and regions (EsViT).",
+            TRAINED_BY.get((source.config or {}).get("choices", {}).get("task"), PRE_TRAINED),
             "",
             "| | |",
             "| --- | --- |",

@@ -39,6 +39,8 @@ class StepResult:
     gradient_norm  of the whole gradient before clipping
     finite         0-d bool: loss (and, but for fp16, gradient) finite on every rank
     finite_here    0-d bool: loss finite on this rank
+    *_outputs      of the last micro-batch, one for each crop
+    *_pooled       (B, D) of each global crop of every micro-batch, micro-batch after micro-batch; no gradient
     """
 
     terms: LossTerms
@@ -47,8 +49,15 @@ class StepResult:
     finite_here: Tensor
     student_outputs: list[NetworkOutput]
     teacher_outputs: list[NetworkOutput]
+    student_pooled: list[Tensor]
+    teacher_pooled: list[Tensor]
     student_prototypes: PrototypeWeights
     teacher_prototypes: PrototypeWeights
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What the meter averages, by the names of the log."""
+        values = {"loss/total": self.terms.total, "loss/view": self.terms.view, "gradient_norm": self.gradient_norm}
+        return values if self.terms.region is None else values | {"loss/region": self.terms.region}
 
 
 class Distillation:
@@ -94,6 +103,7 @@ class Distillation:
         teacher_prototypes = self.teacher.prototypes()
         all_targets: list[NetworkOutput] = []
         all_terms: list[LossTerms] = []
+        student_pooled: list[Tensor] = []
         for number, crops in enumerate(micro_batches, start=1):
             with self._gradients_over_ranks(is_last=number == self.accumulation), self.runtime.autocast():
                 with self.phase("teacher"):
@@ -107,6 +117,7 @@ class Distillation:
                 with self.phase("backward"), torch.autocast(self.runtime.device.type, enabled=False):
                     self.optimizer.backward(terms.total / self.accumulation)
             all_targets += targets
+            student_pooled += [output.pooled for output in outputs[: self.global_count]]
             all_terms.append(terms)
         terms = _mean(all_terms)
         finite_here = terms.total.isfinite()
@@ -126,6 +137,8 @@ class Distillation:
             finite_here=finite_here,
             student_outputs=outputs,
             teacher_outputs=targets,
+            student_pooled=student_pooled,
+            teacher_pooled=[target.pooled for target in all_targets],
             student_prototypes=student_prototypes,
             teacher_prototypes=teacher_prototypes,
         )

@@ -1,11 +1,23 @@
 """Sums of the loop's scalars, kept on the device between two log records: reading them is the step's only host sync."""
 
 import time
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from esvit.tasks.distillation import StepResult
+
+class Measured(Protocol):
+    """What a step leaves behind: whether it was finite on every rank and on this one (0-d bool), and its scalars by name, on the device."""
+
+    @property
+    def finite(self) -> Tensor: ...
+
+    @property
+    def finite_here(self) -> Tensor: ...
+
+    def scalars(self) -> dict[str, Tensor]: ...
 
 
 class Meter:
@@ -26,19 +38,20 @@ class Meter:
         self._since = time.perf_counter()
         self._wait_seconds = 0.0
 
-    def add(self, result: StepResult, *, step: int, images: int) -> None:
+    def add(self, result: Measured, *, step: int, images: int) -> None:
         """One optimizer step (from 0) over `images` images on all ranks."""
         newly_bad = self.finite & ~result.finite
         self._first_bad_step = torch.where(newly_bad, step, self._first_bad_step)
         self._bad_here = torch.where(newly_bad, ~result.finite_here, self._bad_here)
         self.finite = self.finite & result.finite
-        values = {"loss/total": result.terms.total, "loss/view": result.terms.view, "gradient_norm": result.gradient_norm}
-        if result.terms.region is not None:
-            values["loss/region"] = result.terms.region
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+        self.add_scalars(result.scalars())
         self._count += 1
         self._images += images
+
+    def add_scalars(self, values: Mapping[str, Tensor]) -> None:
+        """More 0-d values of the step that is, or was, added."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
 
     def waited(self, seconds: float) -> None:
         """Time the loop stood still because no batch was ready."""

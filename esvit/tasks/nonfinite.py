@@ -7,6 +7,11 @@ import torch
 
 from esvit.data.base import ImageSet
 from esvit.data.loading import TrainLoader
+from esvit.errors import OptionError
+
+
+class NonFiniteLoss(OptionError):
+    """The loss became NaN or infinite; nothing after the last good step was kept."""
 
 
 def save_bad_batch(*, folder: Path, rank: int, step: int, loader: TrainLoader, images: ImageSet) -> Path:

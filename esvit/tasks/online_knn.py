@@ -75,17 +75,20 @@ class LabelledSplit:
 
     def of_network(self, network: MultiCropNetwork, normalize: Callable[[Tensor], Tensor], runtime: Runtime) -> tuple[float, float]:
         """Top-1 and top-5 accuracy (percent) of the pooled features of `network`'s backbone; all ranks share the work."""
+        train, validation = (self.features(images, network, normalize, runtime) for images in (self.train, self.validation))
+        return self.accuracy(train, validation)
 
-        def features(images: Subset) -> tuple[Tensor, Tensor]:
-            with runtime.autocast():
-                return extract_features(
-                    backbone=network.backbone,
-                    batches=_beating(self._batches(images, runtime.rank, runtime.world_size), runtime),
-                    normalize=normalize,
-                    device=runtime.device,
-                )
-
-        return self._accuracy(features(self.train), features(self.validation))
+    def features(
+        self, images: Subset, network: MultiCropNetwork, normalize: Callable[[Tensor], Tensor], runtime: Runtime
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled features (n, D) of the readable ones of `images`, and their places (n,); all ranks share the work."""
+        with runtime.autocast():
+            return extract_features(
+                backbone=network.backbone,
+                batches=_beating(self._batches(images, runtime.rank, runtime.world_size), runtime),
+                normalize=normalize,
+                device=runtime.device,
+            )
 
     def of_trivial_features(self) -> dict[str, float]:
         """Top-1 accuracy (percent) of raw pixels and of colour histograms of the same crops."""
@@ -96,7 +99,7 @@ class LabelledSplit:
 
         described = {"knn/raw_pixels": raw_pixels, "knn/color_histogram": color_histogram}
         return {
-            name: self._accuracy(features(self.train, describe), features(self.validation, describe))[0]
+            name: self.accuracy(features(self.train, describe), features(self.validation, describe))[0]
             for name, describe in described.items()
         }
 
@@ -110,8 +113,8 @@ class LabelledSplit:
             world_size=world_size,
         )
 
-    def _accuracy(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        """Of (features, places) pairs; unreadable images are in neither."""
+    def accuracy(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Top-1 and top-5 (percent) of (features, places) pairs; unreadable images are in neither."""
         (train_features, train_places), (test_features, test_places) = train, validation
         result = weighted_knn(
             train_features=train_features,

@@ -29,9 +29,10 @@ from esvit.data.loading import TrainLoader
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.figures import crops_grid
 from esvit.evaluation.health import diagnose, health_signs
+from esvit.evaluation.splits import Subset
 from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
-from esvit.networks import HeadOptions
+from esvit.networks import HeadOptions, MultiCropNetwork
 from esvit.optimizers import LARS, SGD, AdamW
 from esvit.published import load_networks, read_networks
 from esvit.records import Views
@@ -42,6 +43,7 @@ from esvit.tasks.distillation import Distillation, StepResult
 from esvit.tasks.meter import Meter
 from esvit.tasks.nonfinite import NonFiniteLoss, save_bad_batch
 from esvit.tasks.online_knn import LabelledSplit, OnlineKnn
+from esvit.tasks.online_linear import TEACHER, OnlineLinear
 from esvit.tasks.plan import plan_lines
 from esvit.tasks.summary import final_metrics, table, write_run_report
 from esvit.tracking.base import Tracker
@@ -77,6 +79,7 @@ class Pretrain:
     optimizer: AdamW | SGD | LARS
     schedule: Callable[..., Schedules]
     online_knn: OnlineKnn
+    online_linear: OnlineLinear
     epochs: int
     max_steps: int | None
     accumulation: int
@@ -149,6 +152,13 @@ class _Run:
             found = f"{self.stop}, but start_epoch={task.start_epoch} begins after {self.first_step}"
             raise OptionError("max_steps", found, "use a larger one")
         self.labelled: LabelledSplit | None = task.online_knn.open(task.data, self.images)
+        self.probe = task.online_linear.open(
+            self.images,
+            dim=task.backbone.dim,
+            images_per_step=self.loader.images_per_step,
+            mixes_images=task.mixing.is_on,
+            runtime=runtime,
+        )
         self._check_crop_sizes()
         network = task.head.attach(task.backbone, regions=task.loss.needs_regions).to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
@@ -168,6 +178,7 @@ class _Run:
         self.meter = Meter(runtime.device)
         self.notes: list[str] = []
         self.unreadable: list[str] = []  # names of images met here since the last record
+        self.indices: list[Tensor] = []  # of the images of each micro-batch of the step
 
     def run(self, tracker: Tracker) -> None:
         folder = self.runtime.folder
@@ -198,9 +209,12 @@ class _Run:
             now = self.schedules.at(step)
             rng = self.runtime.seed_step(step)
             self.distillation.set_progress(step / self.schedules.total_steps)
+            self.indices.clear()
             micro_batches = itertools.islice(batches, self.accumulation)
             result = self.distillation.step(micro_batches, now, sound=self.meter.finite, rng=rng)
             self.meter.add(result, step=step, images=self.loader.images_per_step)
+            if self.probe is not None:
+                self.meter.add_scalars(self.probe.step(result, self.indices, step=step, total_steps=self.schedules.total_steps))
             self.progress.advance()
 
             done = step + 1
@@ -223,6 +237,7 @@ class _Run:
             views = next(batches)
             self.meter.waited(time.perf_counter() - since)
             self.unreadable += views.bad_images
+            self.indices.append(views.indices)
             yield [self.task.normalize(crop) for crop in views.to(self.runtime.device).crops]
 
     # ------------------------------------------------------------------ records
@@ -293,9 +308,20 @@ class _Run:
         )
 
     def _knn(self) -> dict[str, float]:
+        """And how well the linear classifier on the side, where there is one, does on the same validation images."""
         assert self.labelled is not None
-        top1, top5 = self.labelled.of_network(self.distillation.teacher.network, self.task.normalize, self.runtime)
-        return {"knn/teacher": top1, "knn/teacher_top5": top5}
+        teacher, student = self.distillation.teacher.network, self.distillation.network
+        train, validation = self._features(self.labelled.train, teacher), self._features(self.labelled.validation, teacher)
+        top1, top5 = self.labelled.accuracy(train, validation)
+        metrics = {"knn/teacher": top1, "knn/teacher_top5": top5}
+        if self.probe is not None:
+            features, places = validation if self.probe.network == TEACHER else self._features(self.labelled.validation, student)
+            metrics |= self.probe.judge(features, torch.from_numpy(self.labelled.validation.labels)[places])
+        return metrics
+
+    def _features(self, images: Subset, network: MultiCropNetwork) -> tuple[Tensor, Tensor]:
+        assert self.labelled is not None
+        return self.labelled.features(images, network, self.task.normalize, self.runtime)
 
     def _baselines(self) -> dict[str, float]:
         """What the teacher has to beat, as measured before the first step; nothing if that was not asked for."""
@@ -358,6 +384,7 @@ class _Run:
                 "step": done,
                 "record_is_due": record_is_due,
                 "meters": meters,
+                "online_linear": None if self.probe is None else self.probe.state_dict(),
                 "sampler": {
                     "epoch": epoch,
                     "step_of_epoch": step_of_epoch,
@@ -393,6 +420,8 @@ class _Run:
         strict_load(distillation.teacher.network, state["teacher"], option="output_dir", what="teacher")
         strict_load(distillation.loss, state["loss"], option="output_dir", what="loss")
         distillation.optimizer.load_state_dict(state["optimizer"])
+        if self.probe is not None:
+            self.probe.load_state_dict(state["online_linear"])
         if self.runtime.rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][self.runtime.rank])
             self.meter.load_state_dict(state["meters"][self.runtime.rank])

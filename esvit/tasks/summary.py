@@ -9,11 +9,12 @@ import torch
 from esvit.evaluation.report import write_report
 from esvit.tracking.environment import source_state
 
-_KNN_ROWS = {
+_ACCURACY_ROWS = {
     "knn/raw_pixels": "k-NN of raw pixels",
     "knn/color_histogram": "k-NN of colour histograms",
     "knn/untrained": "k-NN of the untrained network",
     "knn/teacher": "k-NN of the trained teacher",
+    "linear/online_validation_top1": "linear probe on the side",
 }
 
 
@@ -63,7 +64,7 @@ def write_run_report(folder: Path, *, records: list[dict], metrics: dict[str, fl
 
 def table(metrics: dict[str, float], *, folder: Path, report: Path, view_command: str | None) -> list[str]:
     """Lines for the console; `view_command` opens the tracking store in a browser."""
-    rows = [(label, f"{metrics[name]:.1f} %") for name, label in _KNN_ROWS.items() if name in metrics]
+    rows = [(label, f"{metrics[name]:.1f} %") for name, label in _ACCURACY_ROWS.items() if name in metrics]
     if "images_per_second" in metrics:
         rows.append(("images per second", f"{metrics['images_per_second']:.1f}"))
     rows += [("run folder", str(folder)), ("report", str(report))]

@@ -66,6 +66,14 @@ class Tracker(Protocol):
         """End the run. Waits a bounded time for a store, and never fails because of one."""
 
 
+@dataclass(frozen=True)
+class CreatedRun:
+    """A run in a store that a job will fill later; `url` is its page where the store has one."""
+
+    run_id: str
+    url: str | None
+
+
 class SilentTracker:
     """Does nothing: every rank but 0."""
 
@@ -217,3 +225,6 @@ class NoTracking:
             run_folder=run_folder, config=config, uri=None, experiment_name="", run_name=run_folder.name, tags={}, host=self.host
         )
         return LocalTracker(run_folder=run_folder, lock=lock, state=state)
+
+    def create(self, *, run_folder: Path, config: Mapping[str, Any]) -> None:
+        """There is no store to tell of a job that will start later."""

@@ -28,10 +28,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esvit.errors import OptionError
-from esvit.tracking.base import LOG_NAME, LocalTracker, SilentTracker, Status, Tracker, evaluated_metrics, milliseconds_now, prepare_folder
+from esvit.tracking.base import (
+    LOG_NAME,
+    CreatedRun,
+    LocalTracker,
+    SilentTracker,
+    Status,
+    Tracker,
+    evaluated_metrics,
+    milliseconds_now,
+    prepare_folder,
+)
 from esvit.tracking.files import FolderLock
 from esvit.tracking.log import RESERVED, Record, read_records
-from esvit.tracking.state import STATE_NAME, StateFile
+from esvit.tracking.state import STATE_NAME, RunState, StateFile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,6 +72,7 @@ def _set_mlflow_environment() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -336,10 +347,7 @@ class MlflowTracker(LocalTracker):
 
     @property
     def run_url(self) -> str | None:  # type: ignore[override]
-        state = self._state.state
-        if state.run_id is None or not (state.uri or "").startswith("http"):
-            return None
-        return f"{state.uri}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+        return _page(self._state.state)
 
     @property
     def view_command(self) -> str | None:  # type: ignore[override]
@@ -452,6 +460,12 @@ def client_of(uri: str) -> "MlflowClient":
     return client
 
 
+def _page(state: RunState) -> str | None:
+    if state.run_id is None or not (state.uri or "").startswith("http"):
+        return None
+    return f"{state.uri}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+
+
 def find_runs(folder: Path) -> list[Path]:
     """The run folders at or below `folder`, sorted."""
     return sorted(path.parent for path in folder.rglob(STATE_NAME))
@@ -519,8 +533,8 @@ class Mlflow:
         lock, state = self._prepare(run_folder, config)
         return MlflowTracker(run_folder=run_folder, lock=lock, state=state, close_timeout_seconds=self.close_timeout_seconds)
 
-    def create(self, *, run_folder: Path, config: Mapping[str, Any]) -> str | None:
-        """Make the run of a job that will start later, and the store's tables if need be; returns the run's id.
+    def create(self, *, run_folder: Path, config: Mapping[str, Any]) -> CreatedRun | None:
+        """Make the run of a job that will start later, and the store's tables if need be.
 
         None, with a warning, if the store cannot be reached: the job makes its run itself then. Raises OptionError as `open`.
         """
@@ -535,7 +549,8 @@ class Mlflow:
             _warnings.warning("tracking: cannot send to %s (%s); the job will try again", state.state.uri, one_line(error))
         finally:
             lock.release()
-        return state.state.run_id
+        run_id = state.state.run_id
+        return CreatedRun(run_id, _page(state.state)) if run_id is not None else None
 
     def _prepare(self, run_folder: Path, config: Mapping[str, Any]) -> tuple[FolderLock, StateFile]:
         _set_mlflow_environment()

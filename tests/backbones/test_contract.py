@@ -92,6 +92,15 @@ def test_last_blocks_have_the_widths_that_block_dims_tells(case):
             assert widths == [(2, width) for width in network.block_dims[-count:]]
 
 
+def test_the_mean_of_the_regions_comes_with_the_last_blocks_from_one_pass(case):
+    network, images = case.make().eval(), pictures(96, 64)
+    with torch.no_grad():
+        blocks, mean = network.last_blocks_and_regions(images, 2)
+        torch.testing.assert_close(mean, network(images).regions.mean(dim=1))
+        for block, same in zip(blocks, network.last_blocks(images, 2), strict=True):
+            assert torch.equal(block, same)
+
+
 def test_more_last_blocks_than_there_are_are_refused(case):
     network = case.make()
     for count in (0, len(network.block_dims) + 1):
@@ -127,6 +136,20 @@ def test_gradient_of_pooled_features_reaches_every_parameter(case):
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or re.match(case.without_effect, name), name
+
+
+def test_parameters_are_listed_once_each_from_the_first_layer_to_the_final_norm(case):
+    """What the layer-wise learning rates of fine-tuning go by."""
+    network = case.make()
+    layers = network.parameters_by_depth()
+    names = [name for name, _ in network.named_parameters()]
+    assert sorted(name for layer in layers for name in layer) == sorted(names)
+    depth_of = {name: depth for depth, layer in enumerate(layers) for name in layer}
+    in_order = [depth_of[name] for name in names if not name.startswith("norm.")]
+    assert in_order == sorted(in_order) and in_order[0] == 0
+    assert set(range(len(layers) - 1)) <= set(depth_of.values()) and len(layers) >= len(network.block_dims) + 2
+    of_norm = {name for name in names if name.startswith("norm.")}
+    assert set(layers[-1]) == of_norm
 
 
 def test_network_compiles_as_one_graph(case):

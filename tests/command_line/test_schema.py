@@ -48,7 +48,7 @@ def schemas() -> Iterator[Any]:
 def composed(tmp_path_factory):
     """Composes command lines in this process, as plain data; options without a default get a value."""
     conf.schema.register()
-    values = {"data.root": str(tmp_path_factory.mktemp("schema")), "backbone.name": "convnextv2_atto"}
+    values = {"data.root": str(tmp_path_factory.mktemp("schema")), "backbone.name": "convnextv2_atto", "launcher.template": "{command}"}
 
     def options(*overrides: str) -> dict:
         config = compose("config", list(overrides), return_hydra_config=True)

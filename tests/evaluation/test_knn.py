@@ -1,13 +1,15 @@
 """k-NN on planted features with known answers."""
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from esvit.errors import OptionError
-from esvit.evaluation.knn import KnnResult, check_neighbours, weighted_knn
+from esvit.evaluation.knn import KnnResult, WeightedKnn, check_neighbours, in_percent, tiles_of_rank, weighted_knn
 
 
 def classify(neighbours: list[int] | int, **changes) -> dict[int, KnnResult]:
@@ -69,12 +71,12 @@ def test_small_temperatures_do_not_overflow() -> None:
     assert results[10].top1 == 100
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1000])
-def test_chunks_do_not_change_the_result(chunk_rows: int) -> None:
+def planted() -> dict[str, Any]:
+    """210 training and 90 test images of twelve classes that overlap."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 12, (300,), generator=generator)
     features = torch.randn(12, 16, generator=generator)[labels] + torch.randn(300, 16, generator=generator)
-    arguments: dict[str, Any] = dict(
+    return dict(
         train_features=features[:210],
         train_labels=labels[:210],
         test_features=features[210:],
@@ -83,7 +85,45 @@ def test_chunks_do_not_change_the_result(chunk_rows: int) -> None:
         temperature=0.07,
         classes=12,
     )
-    assert weighted_knn(**arguments, chunk_rows=chunk_rows) == weighted_knn(**arguments, chunk_rows=90)
+
+
+@pytest.mark.parametrize(("chunk_rows", "train_chunk_rows"), [(1, 1000), (7, 64), (1000, 1), (64, 7), (1000, 209)])
+def test_chunks_of_test_and_training_images_do_not_change_the_result(chunk_rows: int, train_chunk_rows: int) -> None:
+    whole = weighted_knn(**planted(), chunk_rows=90, train_chunk_rows=210)
+    assert weighted_knn(**planted(), chunk_rows=chunk_rows, train_chunk_rows=train_chunk_rows) == whole
+
+
+def test_neighbours_are_found_in_whatever_chunk_of_training_images_they_are() -> None:
+    """The same images in another order, so that the nearest lie in other chunks."""
+    options = planted()
+    order = torch.randperm(210, generator=torch.Generator().manual_seed(1))
+    shuffled = options | {"train_features": options["train_features"][order], "train_labels": options["train_labels"][order]}
+    assert weighted_knn(**shuffled, train_chunk_rows=16) == weighted_knn(**options, train_chunk_rows=210)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_the_hits_of_all_ranks_are_those_of_one_process(world_size: int) -> None:
+    options = planted()
+    test_features, test_labels = options.pop("test_features"), options.pop("test_labels")
+    knn = WeightedKnn(**options, device=torch.device("cpu"), train_rows=50)
+    hits = torch.zeros(3, 2, dtype=torch.int64)
+    for rank in range(world_size):
+        for tile in tiles_of_rank(90, rows=16, rank=rank, world_size=world_size):
+            hits += knn.hits(test_features[tile], test_labels[tile])
+    assert in_percent(hits, neighbours=[1, 20, 210], images=90) == weighted_knn(**planted(), chunk_rows=16, train_chunk_rows=50)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_test_image_is_in_the_tiles_of_one_rank_and_tiles_do_not_depend_on_the_ranks(world_size: int) -> None:
+    shares = [list(tiles_of_rank(100, rows=16, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert sum(shares, []) == [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 64), slice(64, 80), slice(80, 96), slice(96, 100)]
+
+
+def test_features_in_a_memory_mapped_file_are_as_good_as_any(tmp_path: Path) -> None:
+    options = planted()
+    np.save(tmp_path / "rows.npy", options["train_features"].numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="c"))
+    assert weighted_knn(**(options | {"train_features": mapped}), train_chunk_rows=32) == weighted_knn(**options)
 
 
 def test_equals_a_plain_loop_over_test_images() -> None:
@@ -112,7 +152,7 @@ def test_equals_a_plain_loop_over_test_images() -> None:
 
 
 def test_more_neighbours_than_training_images_names_the_option() -> None:
-    with pytest.raises(OptionError, match=r"^task\.knn_neighbours: 20 neighbours of 10 .*use a number from 1 to 10"):
+    with pytest.raises(OptionError, match=r"^task\.neighbours: 20 neighbours of 10 .*use a number from 1 to 10"):
         classify([5, 20])
     with pytest.raises(OptionError, match=r"^task\.online_knn\.neighbours: 20"):
         classify(20, option="task.online_knn.neighbours")
@@ -120,5 +160,5 @@ def test_more_neighbours_than_training_images_names_the_option() -> None:
 
 @pytest.mark.parametrize("neighbours", [[], [0], [-3]])
 def test_neighbours_that_cannot_be_are_refused_before_any_features_exist(neighbours: list[int]) -> None:
-    with pytest.raises(OptionError, match="task.knn_neighbours"):
-        check_neighbours(neighbours, train_images=10, option="task.knn_neighbours")
+    with pytest.raises(OptionError, match="task.neighbours"):
+        check_neighbours(neighbours, train_images=10, option="task.neighbours")

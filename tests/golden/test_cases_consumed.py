@@ -25,6 +25,8 @@ CONSUMED = {
     "clip_gradients.npz": "test_optimization.py",
     "lars.npz": "test_optimization.py",
     "knn.npz": "test_knn.py",
+    "attn_entropy.npz": "test_attention_entropy.py",
+    "correspondence.npz": "test_correspondence.py",
     "train_cvt_dense_adamw.npz": "test_cvt.py",
     "train_vil_dense_adamw.npz": "test_vil.py",
     "train_swin_view_adamw.npz": "test_training.py",
@@ -34,8 +36,6 @@ CONSUMED = {
 }
 
 NOT_OURS_YET = {
-    "correspondence.npz": "the analysis of region correspondence is not built yet",
-    "attn_entropy.npz": "the analysis of attention is not built yet",
 }
 
 

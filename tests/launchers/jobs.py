@@ -12,6 +12,7 @@ def tell(config: dict) -> None:
     """Write down who this rank is."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     told = {name: os.environ[name] for name in names} | {"config": config, "pid": os.getpid()}
+    told["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     Path(config["folder"], f"told_{os.environ['RANK']}.json").write_text(json.dumps(told))
 
 
@@ -51,3 +52,72 @@ def end_in_rank_0(config: dict) -> None:
     if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+VERSION = "as submitted"  # a test edits this line after the submission
+
+
+def count(config: dict) -> None:
+    """Take `steps` steps of `seconds` each, from where the last attempt stopped; a run without torch.
+
+    Ends on a signal after the step at hand, as a run does: rank 0 writes its state, every rank exits with 128 + signal. Rank 0 logs every
+    step, and what it was started as.
+    """
+    stopped_by: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: stopped_by.append(number))
+    folder = Path(config["folder"])
+    is_main = os.environ["RANK"] == "0"
+    state = folder / "state.json"
+    first = json.loads(state.read_text())["step"] if state.exists() else 0
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _append(folder / "attempts.jsonl", {"from": first, "version": VERSION, "command": sys.argv, "cwd": os.getcwd()})
+    for step in range(first + 1, config["steps"] + 1):
+        time.sleep(config["seconds"])
+        if is_main:
+            _append(folder / "log.jsonl", {"step": step, "epoch": 0, "time": time.time()})
+            _leave_teacher(folder, step, config.get("teacher_every", 0))
+        if stopped_by:
+            if is_main:
+                _replace(state, {"step": step})
+            sys.exit(128 + stopped_by[0])
+    if is_main:
+        _replace(folder / "metrics.json", {"step": config["steps"]})
+
+
+def fail(config: dict) -> None:
+    """Every rank says what it does not like."""
+    raise RuntimeError(f"rank {os.environ['RANK']} of {config['folder']} fell")
+
+
+def fail_once(config: dict) -> None:
+    """Fail unless a file named `mended` lies in the folder."""
+    if not (Path(config["folder"]) / "mended").exists():
+        raise RuntimeError("not mended yet")
+    tell(config)
+
+
+def look_at_teacher(config: dict) -> None:
+    """An evaluation of a saved teacher."""
+    if os.environ["RANK"] == "0":
+        Path(config["folder"]).mkdir(parents=True, exist_ok=True)
+        _replace(Path(config["folder"]) / "metrics.json", {"step": config["step"], "teacher": Path(config["teacher"]).read_text()})
+
+
+def _leave_teacher(folder: Path, step: int, every: int) -> None:
+    if every and step % every == 0:
+        (folder / "teachers").mkdir(exist_ok=True)
+        (folder / "teachers" / ".tmp").write_text(f"teacher of step {step}")
+        (folder / "teachers" / ".tmp").rename(folder / "teachers" / f"teacher_{step}.pt")
+
+
+def _append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _replace(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)

@@ -20,7 +20,7 @@ from esvit.backbones.base import Backbone
 from esvit.errors import OptionError
 from esvit.run_folder import RunFolder
 from esvit.runtime import Runtime
-from esvit.tasks.throughput import Throughput, add_row, flops, parameters, peak_bytes
+from esvit.tasks.throughput import Throughput, add_row, descend, flops, machine, parameters, peak_bytes
 from esvit.tracking.base import NoTracking
 from tests.backbones.networks import micro_resnet, micro_vit, swin
 from tests.command_line.commands import ROOT, environment
@@ -44,9 +44,10 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 def measure(backbone: Backbone, folder: Path, **changes: Any) -> dict[str, float]:
     """metrics.json of a measurement of images of 64 pixels."""
-    options: dict[str, Any] = {"batch_size": 2, "image_size": 64, "repeats": 1, "table": None, "name": "micro", "in_channels": 3}
+    options: dict[str, Any] = {"batch_size": 2, "image_size": 64, "repeats": 1, "train_step": True, "table": None}
+    options |= {"name": "micro", "in_channels": 3}
     threads = torch.get_num_threads()
-    with Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1) as runtime:
+    with Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1, stall_minutes=0) as runtime:
         runtime.records_to(RunFolder(folder), tracking=NoTracking(host=None), config={"epochs": 1, "max_steps": None})
         try:
             Throughput(backbone=backbone, **(options | changes)).run(runtime)
@@ -81,21 +82,66 @@ def test_peak_memory_is_of_the_tensors_that_live_at_once():
     layers = [nn.Linear(10, 20), nn.Unflatten(1, (4, 5)), nn.Flatten(), nn.Linear(20, 30), nn.ReLU(inplace=True), nn.Linear(30, 1)]
     images = torch.zeros(100, 10)
     weights = 10 * 20 + 20 + 20 * 30 + 30 + 30 * 1 + 1
-    assert peak_bytes(nn.Sequential(*layers), images) == 4 * (weights + 100 * 10 + 100 * (20 + 30))
+    network = nn.Sequential(*layers)
+    with torch.no_grad():
+        assert peak_bytes(network, images, lambda: network(images)) == 4 * (weights + 100 * 10 + 100 * (20 + 30))
+
+
+def test_training_keeps_every_activation_until_the_backward_pass():
+    """Four layers: a forward pass holds two results at once, training the output of every sigmoid; a step frees the gradients."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(10, 10), nn.Sigmoid())]
+    network, images = nn.Sequential(*layers), torch.zeros(100, 10)
+    weights, result = 4 * (10 * 10 + 10), 100 * 10
+
+    def train() -> None:
+        network(images).sum().backward()
+        descend(network)
+
+    with torch.no_grad():
+        assert peak_bytes(network, images, lambda: network(images)) == 4 * (weights + 3 * result)
+    assert 4 * (weights + 5 * result) <= peak_bytes(network, images, train) <= 4 * (2 * weights + 7 * result)
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_a_step_of_descent_hardly_moves_the_weights():
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    (layer(torch.ones(1, 3)).sum() * 1e6).backward()
+    descend(layer)
+    assert 0 < (layer.weight - before).abs().max() < 1e-5
 
 
 def test_a_measurement_leaves_flat_metrics_and_one_record(tmp_path, capsys):
     network = swin()
     metrics = measure(network, tmp_path)
     tokens = {f"tokens_stage_{stage}": count for stage, count in ((1, 256), (2, 64), (3, 16), (4, 4))}
-    measured = {name: metrics.pop(name) for name in ("images_per_second", "peak_memory_gb")}
+    names = ("images_per_second", "peak_memory_gb", "images_per_second_train", "peak_memory_train_gb")
+    measured = {name: metrics.pop(name) for name in names}
     assert min(measured.values()) > 0
+    assert measured["peak_memory_train_gb"] > measured["peak_memory_gb"]
     sizes = {"parameters": sum(each.numel() for each in network.parameters()), "flops": flops(network, torch.zeros(1, 3, 64, 64))}
     assert metrics == {**sizes, **tokens, "features": 192, "threads": 1, "step": 1}
     (record,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert record["step"] == 1
     assert record["images_per_second"] == measured["images_per_second"]
-    assert "256 64 16 4 tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "256 64 16 4 tokens" in out
+    assert out.count("images/s") == 2
+    protocol = json.loads((tmp_path / "protocol.json").read_text())
+    assert (protocol["precision"], protocol["batch_size"], protocol["machine"]) == ("fp32", 2, machine(torch.device("cpu")))
+
+
+def test_a_measurement_without_training_leaves_the_weights_alone(tmp_path):
+    network = swin()
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    metrics = measure(network, tmp_path, train_step=False)
+    assert not any("train" in name for name in metrics)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+
+
+def test_a_batch_too_small_for_batch_normalisation_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"^task\.batch_size: too small to train with"):
+        measure(micro_resnet(), tmp_path, batch_size=1, image_size=32)
 
 
 def test_class_tokens_are_not_counted_as_tokens_of_a_stage(tmp_path):
@@ -142,7 +188,7 @@ def test_only_options_that_the_task_refers_to_are_asked_for():
 
 
 def test_a_sweep_measures_one_backbone_after_the_other(tmp_path):
-    options = ("tracking=none", "device=cpu", "runtime.threads=1", "task.batch_size=1", "task.repeats=1", "task.image_size=56")
+    options = ("tracking=none", "device=cpu", "runtime.threads=1", "batch_size=1", "repeats=1", "image_size=56", "train_step=false")
     backbones = ("backbone=swin_micro,swin_mini", "task.table=table.md")
     command = [sys.executable, str(ROOT / "run.py"), "-m", "task=throughput", *backbones, *options]
     sweep = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)

@@ -55,7 +55,7 @@ def test_what_was_evaluated_before_the_store_knew_the_host_is_sent_later_and_onc
 
 
 def test_the_run_of_a_job_is_made_when_it_is_submitted_and_taken_up_when_it_starts(store_uri, tmp_path):
-    made = mlflow_tracking(store_uri).create(run_folder=tmp_path / "run", config={"seed": 1})
+    made = mlflow_tracking(store_uri).create(run_folder=tmp_path / "run", config={"seed": 1}).run_id
     client = MlflowClient(store_uri)
     assert client.get_run(made).info.status == "SCHEDULED"
     send_missing(tmp_path / "run", uri=None)  # a job that waits has not been killed

@@ -1,5 +1,14 @@
 """Options of the tasks: what a run does. One file for each kind of task."""
 
-from conf.schema.tasks import pretrain, tools
+from conf.schema.tasks import analyze, classify, comparison, dense, finetune, linear, pretrain, tools
 
-SCHEMAS = {**pretrain.SCHEMAS, **tools.SCHEMAS}
+SCHEMAS = {
+    **analyze.SCHEMAS,
+    **classify.SCHEMAS,
+    **comparison.SCHEMAS,
+    **dense.SCHEMAS,
+    **linear.SCHEMAS,
+    **pretrain.SCHEMAS,
+    **finetune.SCHEMAS,
+    **tools.SCHEMAS,
+}

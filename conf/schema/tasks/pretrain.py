@@ -1,6 +1,7 @@
 """Options of pre-training."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from conf.schema.inputs import Mixing, Normalize
@@ -18,6 +19,19 @@ class OnlineKnn:
     baselines: bool = False  # also, once, k-NN on raw pixels, on colour histograms and on the untrained network
 
 
+class OnlineNetwork(Enum):
+    none = "none"
+    teacher = "teacher"
+    student = "student"
+
+
+@dataclass
+class OnlineLinear:
+    _target_: str = "esvit.tasks.pretrain.OnlineLinear"
+    network: OnlineNetwork = OnlineNetwork.none  # teacher or student: a linear classifier learns from its features, on the side; none: no
+    learning_rate: float = 0.1  # of that classifier at the first step, for 256 images a step; falls to 0 over the training
+
+
 @dataclass
 class Pretrain:
     _target_: str = "esvit.tasks.pretrain.Pretrain"
@@ -27,6 +41,7 @@ class Pretrain:
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
     online_knn: OnlineKnn = field(default_factory=OnlineKnn)
+    online_linear: OnlineLinear = field(default_factory=OnlineLinear)
     mixing: Mixing = field(default_factory=Mixing)
     normalize: Normalize = field(default_factory=Normalize)
     backbone: Any = "${backbone}"

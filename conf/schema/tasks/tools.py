@@ -57,6 +57,7 @@ class Throughput:
     batch_size: int = 16  # images per pass
     image_size: int = 224  # side of the images (pixels)
     repeats: int = 10  # timed passes, of which the median counts
+    train_step: bool = True  # measure training steps of the backbone too: forward, backward, and an update
     table: str | None = None  # Markdown file whose table gets the backbone's row, or null
     backbone: Any = "${backbone}"
     in_channels: int = "${backbone.in_channels}"  # type: ignore[assignment]

@@ -1,0 +1,228 @@
+"""What a pre-training would be and cost, said before anybody waits for GPUs: `plan=true`. Needs no GPU and no data, and writes nothing.
+
+Sizes and operations are counted (plan_step.py). Time is an estimate between two shares of a GPU's peak, unless it was measured.
+
+Letters: B images of one micro-batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from esvit.errors import OptionError
+from esvit.schedules import Schedules, scaled_learning_rate
+from esvit.tasks.plan_step import StepCost, count_step
+from esvit.tasks.pretrain import Pretrain
+from esvit.tasks.throughput import table_row
+
+IMAGENET_IMAGES = 1_281_167
+_RESERVED_BYTES = 1.5e9  # CUDA's context and libraries, NCCL's buffers
+_USABLE = 0.95  # of the rest: what fragmentation leaves
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory (GiB), and peak of matrix products (1e12 operations a second, two per multiply-add) as its maker states it, without sparsity."""
+
+    name: str
+    memory: int
+    half: float
+    single: float
+
+
+GPUS = (
+    Gpu("V100 16 GB", 16, 125, 15.7),
+    Gpu("V100 32 GB", 32, 125, 15.7),
+    Gpu("RTX 3090", 24, 71, 35.6),
+    Gpu("RTX 4090", 24, 165, 82.6),
+    Gpu("L40S", 45, 362, 91.6),
+    Gpu("A100 40 GB", 40, 312, 19.5),
+    Gpu("A100 80 GB", 80, 312, 19.5),
+    Gpu("H100 80 GB", 80, 989, 66.9),
+    Gpu("H200", 140, 989, 66.9),
+)
+# Shares of the peak that a training step reaches, from slow to fast: the estimate of time. In half precision small networks spend most of
+# a step on memory, not on products. DINO's published ViT-S/16 runs (8 V100, 1.75 days for 100 epochs) come to a tenth of the peak.
+HALF_SHARES = (0.1, 0.3)
+SINGLE_SHARES = (0.3, 0.6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a plan needs besides the task's parts.
+
+    name, backbone     of the run and of the backbone's preset
+    precision          "fp32", "bf16" or "fp16"
+    processes          one per GPU, on all machines
+    images             of the training set; None: those of the task's data
+    images_per_second  of one GPU in training, measured; None: estimated
+    throughput         Markdown file with a table of task=throughput, or None
+    script             what would be submitted, or None
+    """
+
+    name: str
+    backbone: str
+    precision: str
+    processes: int
+    images: int | None
+    images_per_second: float | None
+    throughput: str | None
+    script: str | None
+
+
+def plan_ahead(make_task: Callable[[], Pretrain], around: Surroundings) -> list[str]:
+    """Lines for the console. Raises OptionError for options that cannot work, as the run would.
+
+    make_task  builds the task of its options
+    """
+    _check(around)
+    with torch.device("meta"):  # no weights are made
+        task = make_task()
+    images, source = _images(task, around)
+    per_step = task.data.batch_size * around.processes * task.accumulation
+    if images < per_step:
+        found = f"one step takes {per_step} images but there are {images}"
+        raise OptionError("data.batch_size", found, "use a smaller batch, fewer processes or less accumulation")
+    schedules = task.schedule(
+        epochs=task.epochs,
+        steps_per_epoch=images // per_step,
+        learning_rate=scaled_learning_rate(task.optimizer.learning_rate, per_step),
+    )
+    cost = count_step(task, batch_size=task.data.batch_size, precision=around.precision)
+    keeps_gradients = around.processes > 1 or task.accumulation > 1
+    stop = min(schedules.total_steps, task.max_steps or schedules.total_steps)
+    first = task.start_epoch * schedules.steps_per_epoch
+    seen = max(0, stop - first) * per_step
+    return [
+        f"plan of {around.name}: nothing is run, nothing is written",
+        "",
+        *_sizes(task, cost),
+        f"images         {images} ({source}), {per_step} per step "
+        f"({task.data.batch_size} x {_count(around.processes, 'process', 'es')} x {_count(task.accumulation, 'micro-batch', 'es')})",
+        *_schedule(schedules, task, stop, first),
+        *_memory(task, cost, around, keeps_gradients),
+        *_disk(task, cost),
+        "",
+        *_gpu_table(task, cost, around, keeps_gradients, seen),
+        *_measured(task, cost, around, seen),
+        *([] if around.script is None else ["", "would be submitted:", "", around.script.rstrip()]),
+    ]
+
+
+def _check(around: Surroundings) -> None:
+    for option, value in (("images", around.images), ("images_per_second", around.images_per_second)):
+        if value is not None and value <= 0:
+            raise OptionError(f"planning.{option}", f"{value} is too small", "use a number above 0, or leave it away")
+    if around.throughput is not None and not Path(around.throughput).is_file():
+        raise OptionError(
+            "planning.throughput", f"there is no file '{around.throughput}'", "give the table of task=throughput task.table=FILE"
+        )
+
+
+def _images(task: Pretrain, around: Surroundings) -> tuple[int, str]:
+    """How many, and how that is known."""
+    if around.images is not None:
+        return around.images, "planning.images"
+    where = f"'{task.data.root}' is not there" if task.data.root else "not given"
+    try:
+        return len(task.data.train()), f"of {task.data.root or 'the package'}"
+    except OptionError:
+        return IMAGENET_IMAGES, f"ImageNet-1K's, assumed because data.root is {where}; planning.images=N for others"
+
+
+def _sizes(task: Pretrain, cost: StepCost) -> list[str]:
+    heads = 2 if task.loss.needs_regions else 1
+    per_image = cost.flops / task.data.batch_size
+    return [
+        f"parameters     {cost.backbone / 1e6:.2f} M backbone, {cost.parameters / 1e6:.2f} M with heads, {cost.trained / 1e6:.2f} M trained",
+        f"prototypes     {task.head.prototypes} x {task.head.bottleneck_dim}, {_count(heads, 'head')}",
+        f"arithmetic     {per_image / 1e9:.1f} G multiply-adds per image and step, all crops, teacher, student and loss",
+    ]
+
+
+def _schedule(schedules: Schedules, task: Pretrain, stop: int, first: int) -> list[str]:
+    steps = f"{stop} of {schedules.total_steps}" if stop < schedules.total_steps else f"{stop}"
+    before = f"from step {first}, " if first else ""
+    peak = f"{schedules.learning_rate:.3g} at its peak ({task.optimizer.learning_rate:.3g} for 256 images, scaled)"
+    return [
+        f"steps          {before}{steps}, {schedules.steps_per_epoch} per epoch, {_count(schedules.epochs, 'epoch')}",
+        f"learning rate  {peak}, {_count(schedules.warmup_steps, 'step')} of warm-up",
+    ]
+
+
+def _memory(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradients: bool) -> list[str]:
+    total = cost.peak(keeps_gradients=keeps_gradients)
+    return [
+        f"memory         {total / 1e9:.2f} GB per GPU with {_count(task.data.batch_size, 'image')} in {around.precision}: "
+        f"weights {cost.weights / 1e9:.2f}, optimizer {cost.moments / 1e9:.2f}, gradients {cost.gradients / 1e9:.2f}"
+        f"{'' if keeps_gradients else ' (after the activations)'}, activations {cost.activations / 1e9:.2f}",
+        f"               and what CUDA and NCCL keep for themselves, {_RESERVED_BYTES / 1e9} GB assumed",
+    ]
+
+
+def _disk(task: Pretrain, cost: StepCost) -> list[str]:
+    files = task.checkpoint_keep + 1
+    return [
+        f"disk           {files * cost.checkpoint() / 1e9:.1f} GB: {_count(task.checkpoint_keep, 'checkpoint')} of "
+        f"{cost.checkpoint() / 1e9:.2f} GB kept, one more while it is written, every {task.checkpoint_every} steps"
+    ]
+
+
+def _gpu_table(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradients: bool, seen: int) -> list[str]:
+    low, high = SINGLE_SHARES if around.precision == "fp32" else HALF_SHARES
+    batch = task.data.batch_size
+    lines = [f"{'':<13}{'fits':>6}{'largest batch':>15}{'hours with ' + str(around.processes):>22}{'GPU-hours':>18}"]
+    for gpu in GPUS:
+        if around.precision == "bf16" and gpu.name.startswith("V100"):
+            lines.append(f"{gpu.name:<13}  has no bf16")
+            continue
+        largest = _largest_batch(gpu, cost, batch, keeps_gradients)
+        peak = (gpu.single if around.precision == "fp32" else gpu.half) * 1e12
+        per_image = 2 * cost.flops / batch / peak / 3600
+        hours = [seen * per_image / share for share in (high, low)]
+        if around.images_per_second is not None:
+            hours = [seen / around.images_per_second / 3600] * 2
+        wall = _range([each / around.processes for each in hours])
+        lines.append(f"{gpu.name:<13}{'yes' if largest >= batch else 'no':>6}{largest:>15}{wall:>22}{_range(hours):>18}")
+    if around.images_per_second is not None:
+        basis = f"{around.images_per_second} images per second of one GPU, as given, whichever it is"
+    else:
+        basis = f"{low:.0%} to {high:.0%} of the peak in {around.precision}, assumed; nothing here was measured"
+    lines += ["", f"hours: {basis}; waiting for data, communication and k-NN come on top"]
+    return lines
+
+
+def _largest_batch(gpu: Gpu, cost: StepCost, batch: int, keeps_gradients: bool) -> int:
+    """Images per process: activations grow with the batch, all else stays."""
+    usable = (gpu.memory * 2**30 - _RESERVED_BYTES) * _USABLE
+    left = usable - cost.weights - cost.moments - (cost.gradients if keeps_gradients else 0)
+    return max(0, int(left / (cost.activations / batch)))
+
+
+def _measured(task: Pretrain, cost: StepCost, around: Surroundings, seen: int) -> list[str]:
+    """Time on the device of a table of task=throughput, if a step does as many operations a second as a forward pass did there."""
+    if around.throughput is None:
+        return []
+    row = table_row(Path(around.throughput), around.backbone)
+    if row is None:
+        found = f"'{around.throughput}' has no row '{around.backbone}'"
+        remedy = f"measure it: task=throughput backbone={around.backbone} task.table={around.throughput}"
+        raise OptionError("planning.throughput", found, remedy)
+    rate = float(row["images/s"]) * float(row["GFLOPs"]) * 1e9  # multiply-adds a second
+    per_second = rate / (cost.flops / task.data.batch_size)
+    hours = seen / per_second / 3600
+    return [
+        f"on the device of {around.throughput}: {per_second:.3g} images per second of each, {hours / around.processes:.3g} hours with "
+        f"{around.processes}, {hours:.3g} device-hours (as many operations a second as in its forward pass, {rate / 1e12:.3g}e12 multiply-adds)"
+    ]
+
+
+def _range(hours: list[float]) -> str:
+    low, high = (f"{each:.0f}" if each >= 10 else f"{each:.1f}" for each in hours)
+    return low if low == high else f"{low} to {high}"
+
+
+def _count(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number} {thing}{'' if number == 1 else plural}"
