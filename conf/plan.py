@@ -31,7 +31,7 @@ def options_of_plan(config: DictConfig) -> dict[str, Any]:
 
 def _processes(launcher: dict[str, Any]) -> int:
     if "gpus_per_node" in launcher:
-        return launcher["nodes"] * (launcher["gpus_per_node"] or 1)
+        return launcher["nodes"] * (launcher["tasks_per_node"] or launcher["gpus_per_node"] or 1)
     return launcher.get("processes") or (_gpus_here() if "processes" in launcher else 1)
 
 

@@ -156,7 +156,8 @@ class _Parent:
         if "run_name" in options["tracking"]:
             own = {"run_name": f"{sweep.name} ({sweep.folder.name})", "tags": {"sweep": sweep.folder.name}, "host": None}
             self.tracking = program.build(options["tracking"] | own)
-            self.id = self.tracking.create(run_folder=sweep.folder, config=self._config())
+            created = self.tracking.create(run_folder=sweep.folder, config=self._config())
+            self.id = created.run_id if created else None
 
     @contextlib.contextmanager
     def ended(self, *results: str) -> Iterator[None]:

@@ -1,12 +1,14 @@
 """Communication between ranks. Every function is the identity with one process, so no caller ever asks."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_active() -> bool:
@@ -92,3 +94,39 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def over_ranks(network: nn.Module, *, device: torch.device, deterministic: bool) -> nn.Module:
+    """The network, its gradients averaged over ranks; buffers (batch norm's statistics, which training never reads) are not broadcast.
+
+    deterministic  a resumed run rounds as one that was never stopped, with more than two ranks too
+    """
+    if world_size() == 1:
+        return network
+    device_ids = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if deterministic and world_size() > 2:
+        wrapped.register_comm_hook(None, _average_in_rank_order)
+    return wrapped
+
+
+def _average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Mean over ranks of a bucket of gradients, (n,), added up in the order of the ranks.
+
+    An all-reduce adds in an order that depends on the place in the bucket, and DistributedDataParallel rearranges its buckets after the
+    first step of a process, which is another step in a run that was resumed. Two numbers have one order only.
+    """
+    mine = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    work = dist.all_gather(parts, mine, async_op=True)
+    assert work is not None
+
+    def average(_: torch.futures.Future) -> Tensor:
+        mine.copy_(parts[0])
+        for part in parts[1:]:
+            mine.add_(part)
+        return mine.div_(len(parts))
+
+    return work.get_future().then(average)

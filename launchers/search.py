@@ -314,7 +314,7 @@ class _Here(_Jobs):
 
     def __init__(self, launcher: Any, file: JobsFile, at_once: int | None):
         super().__init__(launcher, file)
-        self.at_once: int = at_once or launcher.parallel
+        self.at_once = int(at_once or launcher.parallel)
         gpus_each = launcher.gpus_each() if hasattr(launcher, "gpus_each") else 1
         self._slots = children.slots(self.at_once, gpus_each)
         self._processes: dict[str, tuple[subprocess.Popen, int]] = {}
@@ -355,7 +355,8 @@ class _Elsewhere(_Jobs):
 
     def __init__(self, launcher: Any, file: JobsFile, at_once: int | None):
         super().__init__(launcher, file)
-        self.at_once: int = at_once or getattr(launcher, "array_parallelism", 1)
+        parallelism: int = getattr(launcher, "array_parallelism", 1)
+        self.at_once = at_once or parallelism
 
     def start(self, main: Main) -> None:
         self.write_down(main)

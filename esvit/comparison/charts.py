@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from esvit.comparison.columns import Column
+from esvit.comparison.differences import ABSENT, short_names, text_of
 from esvit.comparison.drawing import (
     Box,
     Scale,
@@ -23,7 +25,7 @@ from esvit.comparison.drawing import (
     text_width,
     tick_text,
 )
-from esvit.comparison.groups import ABSENT, Column, Group, Summary, pareto_front, short_names, text_of
+from esvit.comparison.groups import Group, Summary, pareto_front
 from esvit.comparison.runs import Run
 
 _POINTS = 160  # of a curve at most
@@ -219,11 +221,9 @@ def _option_axis(title: str, values: Sequence[Any], bottom: float, top: float) -
     present = [value for value in values if value is not ABSENT]
     if present and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         scale = fitted(present, bottom, top, margin=0, is_log=spans_decades(present))
-        different = sorted(set(present))
-        marks = different if len(different) <= 6 else scale.ticks(5)
-        return _Axis(
-            title, [None if value is ABSENT else scale(value) for value in values], [(scale(each), text_of(each)) for each in marks]
-        )
+        numbers = sorted(set(present))
+        ticks = [(scale(number), text_of(number)) for number in (numbers if len(numbers) <= 6 else scale.ticks(5))]
+        return _Axis(title, [None if value is ABSENT else scale(value) for value in values], ticks)
     different = sorted({text_of(value) for value in present})
     even = Scale(0, max(1, len(different) - 1), bottom, top)
     where = {words: even(number) for number, words in enumerate(different)}

@@ -3,17 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esvit.comparison.groups import (
-    Column,
-    Group,
-    columns,
-    grouped,
-    is_cost,
-    lower_is_better,
-    matches,
-    ranked,
-    with_throughput,
-)
+from esvit.comparison.columns import Column, columns, is_cost, lower_is_better, matches
+from esvit.comparison.costs import repeated_throughput, with_throughput
+from esvit.comparison.groups import Group, grouped, ranked
 from esvit.comparison.runs import Gathered, Run
 from esvit.errors import OptionError
 from esvit.evaluation.protocol import protocol_differences
@@ -63,6 +55,7 @@ def compared(
     groups = ranked(grouped(runs), by)
     chosen = _cost(groups, cost)
     notes = [*gathered.notes, *_unfinished(runs), *_protocols(found), *_apart(found), *_repeats(groups), *_versions(runs)]
+    notes += repeated_throughput(gathered.runs)
     if not found:
         notes.append(f"No run has a metric that fits {', '.join(metrics)}.")
     return Comparison(

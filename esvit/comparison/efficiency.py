@@ -23,8 +23,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from esvit import zoo
+from esvit.comparison.columns import Column, columns
+from esvit.comparison.costs import repeated_throughput, with_throughput
 from esvit.comparison.drawing import GRID, INK, MUTED, Box, placed_labels, tick_text
-from esvit.comparison.groups import Column, Group, columns, grouped, matches, with_throughput
+from esvit.comparison.groups import Group, grouped
 from esvit.comparison.runs import Run, images_of
 
 DATA = Path(__file__).parents[1] / "published_results.json"
@@ -111,31 +113,37 @@ def our_panels(runs: Sequence[Run], metrics: Mapping[str, Sequence[str]], *, dat
     metrics  kind -> patterns; a group's first metric that fits is drawn
     dataset  what the accuracies are of; None: the name of the folder of the images
     """
-    measurements = [run for run in runs if run.task == "throughput"]
     others = [run for run in with_throughput(runs) if run.task != "throughput"]
     groups = grouped(others)
     notes, panels = [], []
     for kind, patterns in metrics.items():
-        by_dataset: dict[str, dict[str, list[Dot]]] = {}
-        for column in columns(others, patterns, best="max"):
-            if not matches(column.metric, patterns):
-                continue
-            for group in groups:
-                name = dataset or _dataset(group, column)
-                dot = _dot(group, column)
-                if name is not None and dot is not None:
-                    by_dataset.setdefault(name, {}).setdefault(column.title, []).append(dot)
-        for name, by_column in by_dataset.items():
+        for name, by_column in _by_dataset(groups, columns(others, patterns, best="max"), dataset=dataset).items():
             title, dots = max(by_column.items(), key=lambda pair: len(pair[1]))  # the first of the patterns among equals
             panels.append(Panel(name, kind, dots))
-            left = {other: len(some) for other, some in by_column.items() if other != title}
+            left = [f"{other} of {_groups(len(some))}" for other, some in by_column.items() if other != title]
             if left:
-                described = ", ".join(f"{other} of {count} groups" for other, count in left.items())
-                notes.append(f"{name}, {KINDS[kind]}: shows {title}; left out: {described}")
+                notes.append(f"{name}, {KINDS[kind]}: shows {title}; left out: {', '.join(left)}")
     without = [group.label for group in groups if group.cost("throughput/images_per_second") is None]
     if without and panels:
         notes.append(f"not drawn, as the throughput of their backbones was not measured: {', '.join(without)}")
-    return Ours(_in_order(panels), list(dict.fromkeys(map(_machine, measurements))), notes)
+    notes += repeated_throughput(runs)
+    machines = dict.fromkeys(_machine(run) for run in runs if run.task == "throughput")
+    return Ours(_in_order(panels), list(machines), notes)
+
+
+def _by_dataset(groups: Sequence[Group], found: Sequence[Column], *, dataset: str | None) -> dict[str, dict[str, list[Dot]]]:
+    """Name of the images -> title of the column -> the dots of the groups that have a value in it."""
+    panels: dict[str, dict[str, list[Dot]]] = {}
+    for column in found:
+        for group in groups:
+            name, dot = dataset or _dataset(group, column), _dot(group, column)
+            if name is not None and dot is not None:
+                panels.setdefault(name, {}).setdefault(column.title, []).append(dot)
+    return panels
+
+
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
 
 
 def _dot(group: Group, column: Column) -> Dot | None:
@@ -336,18 +344,8 @@ def _legend(figure: Figure, panels: Sequence[Panel], machines: Sequence[str], he
         for source, name in names.items() if source in sources
     ]  # fmt: skip
     if any(dot.estimated for panel in panels for dot in panel.dots):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="o",
-                markersize=8,
-                markerfacecolor="none",
-                markeredgecolor=_OTHERS,
-                label="throughput estimated",
-            )
-        )
+        estimated = {"markerfacecolor": "none", "markeredgecolor": _OTHERS, "label": "throughput estimated"}
+        handles.append(Line2D([], [], linestyle="", marker="o", markersize=8, **estimated))  # type: ignore[arg-type]
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.02, 0.01), frameon=False, fontsize=9, labelcolor=INK, ncols=1)
     circles = [
         Line2D([], [], linestyle="", marker="o", markersize=2 * (_AREA * size / 1e6 / math.pi) ** 0.5, markerfacecolor="none",

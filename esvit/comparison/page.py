@@ -7,11 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from esvit.comparison import charts
+from esvit.comparison.columns import Column
+from esvit.comparison.differences import ABSENT, short_names, text_of
 from esvit.comparison.comparison import Comparison, protocol_lines
 from esvit.comparison.drawing import colors
-from esvit.comparison.groups import ABSENT, Column, Group, Summary, short_names, text_of, winners
+from esvit.comparison.groups import Group, Summary, winners
 from esvit.comparison.runs import Run
 from esvit.evaluation.page import number, section, write_page
 
@@ -239,7 +242,7 @@ def _links(run: Run, start: Path) -> str:
     if run.folder is not None:
         target = run.folder / "report.html" if (run.folder / "report.html").exists() else run.folder
         name = "report" if target != run.folder else "folder"
-        links.append(f'<a href="{html.escape(os.path.relpath(target, start), quote=True)}">{name}</a>')
+        links.append(f'<a href="{quote(os.path.relpath(target, start))}">{name}</a>')
     if run.uri is not None and run.uri.startswith("http") and run.run_id is not None:
         address = f"{run.uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
         links.append(f'<a href="{html.escape(address, quote=True)}">MLflow</a>')

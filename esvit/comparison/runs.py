@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class Series:
     protocol: Mapping[str, Any] | None
     points: Points
     measured: Path | None = None
+
+    @cached_property
+    def way(self) -> str:
+        """How it was measured: equal texts for numbers that compare, see `protocol_differences`."""
+        return "itself" if self.protocol is None else repr(protocol_differences(self.protocol, {}))
 
     @property
     def final(self) -> float:
@@ -156,20 +162,13 @@ def joined(parts: Iterable[Series]) -> tuple[Series, ...]:
     """One series for each metric and protocol; of several values at one step the last one counts."""
     series: list[Series] = []
     for part in parts:
-        place = next((i for i, known in enumerate(series) if known.metric == part.metric and are_comparable(known, part)), None)
+        place = next((i for i, known in enumerate(series) if (known.metric, known.way) == (part.metric, part.way)), None)
         if place is None:
             series.append(part)
         else:
             points = dict(series[place].points) | dict(part.points)
             series[place] = replace(series[place], points=tuple(sorted(points.items())))
     return tuple(series)
-
-
-def are_comparable(one: Series, other: Series) -> bool:
-    """Whether both were measured in the same way."""
-    if one.protocol is None or other.protocol is None:
-        return one.protocol is other.protocol
-    return not protocol_differences(one.protocol, other.protocol)
 
 
 def images_of(run: Run, series: Series) -> str:

@@ -119,7 +119,7 @@ def _read_stored(client: "MlflowClient", uri: str, run: "StoredRun", evaluations
                 points[max(steps, *points, 0)] = known[name]
             parts.append(Series(name, protocol, tuple(sorted(points.items()))))
     return Run(
-        name=run.info.run_name,
+        name=run.data.params.get("name") or run.info.run_name,
         status=_STATUS.get(run.info.status, "unknown"),
         options={name: _value(text) for name, text in run.data.params.items()},
         series=joined(parts),

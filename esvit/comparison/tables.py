@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from esvit.comparison.comparison import Comparison
-from esvit.comparison.groups import ABSENT, Column, Group, Summary, short_names, winners
-from esvit.comparison.groups import text_of as option_text
+from esvit.comparison.columns import Column
+from esvit.comparison.differences import ABSENT, short_names
+from esvit.comparison.differences import text_of as option_text
+from esvit.comparison.groups import Group, Summary, winners
 from esvit.comparison.page import measured
 
 _LEGEND = "Mean ± standard deviation of a sample over n finished runs that differ in their seed only. Bold: the best of the column."

@@ -204,7 +204,7 @@ def _caption(picture: Picture) -> str:
 def _photo(picture: Picture) -> str:
     out = io.BytesIO()
     with Image.open(picture.file) as image:
-        image.convert("RGB").save(out, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+        image.convert("RGB").save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
     return f'<img alt="{html.escape(picture.title)}" src="{data_url(out.getvalue(), "jpeg")}">'
 
 

@@ -41,7 +41,7 @@ def attention_map(block: BlockAttention, query: Query | None) -> Tensor:
     on_grid = windows.places >= 0  # (W, T)
     weights = windows.weights.float() * on_grid[:, None, None, :]
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    given = torch.einsum("bwhqk,wq->bhwk", weights, _asked(block, query))
+    given = (weights * _asked(block, query)[:, None, :, None]).sum(dim=3).transpose(1, 2)  # a matrix product would be rounded by autocast
     spread = given.new_zeros(*given.shape[:2], grid[0] * grid[1])
     spread[:, :, windows.places[on_grid]] = given[:, :, on_grid]  # no cell sits in two slots
     return spread.unflatten(2, grid)

@@ -60,8 +60,10 @@ def metrics_table(metrics: dict[str, float]) -> str:
 
 
 def configuration(config: dict) -> str:
-    """Every option, folded away."""
-    lines = "\n".join(html.escape(line) for line in _flat(config))
+    """Every option, folded away; `choices` in it, group -> choice, come first."""
+    choices = [f"{group}={choice}" for group, choice in config.get("choices", {}).items()]
+    options = _flat({name: value for name, value in config.items() if name != "choices"})
+    lines = "\n".join(html.escape(line) for line in [*choices, *options])
     summary = "Every option of this run, as it would be typed on the command line"
     return f'<details class="card"><summary>{summary}</summary><pre>{lines}</pre></details>'
 

@@ -59,7 +59,7 @@ class _BlockMaps:
         return self.maps.mean(dim=0)
 
     @property
-    def title(self) -> str:
+    def grid(self) -> str:
         return f"{self.maps.shape[1]} × {self.maps.shape[2]}"
 
 
@@ -125,7 +125,7 @@ class AttentionMaps:
                 mean = block.mean.numpy()
                 heat.append(Tile(self._marked(heat_over(shown, mean)), f"block {number} · up to {mean.max() * mean.size:.1f} ×"))
                 mask = mass_mask(block.mean, self.threshold)
-                lit.append(Tile(self._marked(spotlight(shown, mask.numpy())), f"{float(mask.double().mean()):.0%} of {block.title} cells"))
+                lit.append(Tile(self._marked(spotlight(shown, mask.numpy())), f"{float(mask.double().mean()):.0%} of {block.grid} cells"))
             rows += [heat, lit]
         return Sheet(rows=rows, legend=heat_legend(self._legend()), font_size=16)
 
@@ -328,10 +328,10 @@ class RegionMatches:
         points = pair.points[chosen]
         known = cells.inside(points)
         offset = (cells.places(best) - cells.containing(points.nan_to_num(0.0)))[known]
-        right = int((offset.abs().amax(dim=1) <= 1).sum()) if len(offset) else 0
+        right = int((offset.square().sum(dim=1) <= 1).sum())
         result = f"{int(mutual.sum())} of {len(pairs)} choose each other, mean cosine {float(similarity.mean()):.2f}"
         if len(offset):
-            result += f"; of {len(offset)} whose place is in both views, {right} are right to within one cell"
+            result += f"; right to within one cell: {right} of {len(offset)} whose place is in both views"
         return MatchedPhoto(
             picture=Picture(name, path, result + "."),
             similarity=float(similarity.mean()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from esvit.comparison import page, tables
 from esvit.comparison.comparison import Comparison, compared
-from esvit.comparison.groups import matches
+from esvit.comparison.columns import matches
 from esvit.comparison.selection import gather
 from esvit.comparison.store import BEST_ALIAS, register_best
 from esvit.errors import OptionError

@@ -8,13 +8,12 @@ Letters: B images, V crops.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
@@ -91,7 +90,7 @@ class Distillation:
         self.accumulation = accumulation
         self.mixing = mixing
         self.phase = phase
-        self.student = _over_ranks(network, runtime)
+        self.student = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
 
     def step(self, micro_batches: Iterable[list[Tensor]], now: StepValues, *, sound: Tensor, rng: np.random.Generator) -> StepResult:
         """Update everything once.
@@ -162,16 +161,6 @@ class Distillation:
         if isinstance(self.student, DistributedDataParallel) and not is_last:
             return self.student.no_sync()
         return contextlib.nullcontext()
-
-
-def _over_ranks(network: MultiCropNetwork, runtime: Runtime) -> nn.Module:
-    if runtime.world_size == 1:
-        return network
-    device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    # Batch norm's running statistics are not broadcast: they are synchronised on CUDA, and never used in training.
-    with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _mean(terms: list[LossTerms]) -> LossTerms:

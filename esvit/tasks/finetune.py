@@ -420,8 +420,8 @@ class _Run:
 
     def _announce(self, start: int) -> None:
         task, runtime = self.task, self.runtime
-        sizes = sorted(set(self.rate_scales.values()))
         peak = self.schedules.learning_rate
+        lowest = f"{peak * min(self.rate_scales.values()):.3g} in the first layer" if task.layer_decay < 1 else "the same in all layers"
         for line in (
             f"run folder     {runtime.folder}",
             f"device         {runtime.device}, {runtime.world_size} process{'es' if runtime.world_size > 1 else ''}, {runtime.precision}, "
@@ -431,8 +431,7 @@ class _Run:
             f"images         {len(self.images)} of {len(self.splits.class_names)} classes, {100 * task.label_fraction:g}% of the labels, "
             f"{self.loader.images_per_step} per step; {len(self.splits.validation)} to validate",
             f"steps          {self.stop}, {start} of them done before, {self.loader.steps_per_epoch} per epoch, {task.epochs} epochs",
-            f"learning rate  {peak:.3g} at its peak (scaled to {self.loader.images_per_step} images per step), "
-            f"{peak * sizes[0]:.3g} in the first of {len(sizes)} layers",
+            f"learning rate  {peak:.3g} at its peak (scaled to {self.loader.images_per_step} images per step), {lowest}",
         ):
             self.progress.say(line)
         if runtime.is_main:
@@ -478,9 +477,7 @@ class _Run:
         if "finetune/ema_top1" in values:
             rows.append(("moving average", f"{values['finetune/ema_top1']:.2f} % top-1, {values['finetune/ema_top5']:.2f} % top-5"))
         best = {"student": "the weights", "teacher": "the moving average"}[self.best["network"]]
-        rows.append(
-            ("best", f"{self.best['top1']:.2f} % top-1 of {best} after epoch {self.best['epoch']}, chosen on the validation images")
-        )
+        rows.append(("best", f"{self.best['top1']:.2f} % top-1 of {best} in epoch {self.best['epoch']}, chosen on the validation images"))
         rows += [("run folder", str(self.runtime.folder)), ("files", f"{LAST}, {BEST}")]
         width = max(len(label) for label, _ in rows)
         return ["", *(f"{label:<{width}}  {text}" for label, text in rows)]

@@ -8,14 +8,13 @@ Letters: B images, C channels, h and w the sides of a crop in pixels, K classes.
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from esvit import distributed
@@ -119,7 +118,7 @@ class FineTuning:
         self.accumulation = accumulation
         self.mixing = mixing
         self.label_smoothing = label_smoothing
-        self._over_ranks = _over_ranks(network, runtime)
+        self._over_ranks = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
 
     def step(
         self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: StepValues, *, step: int, sound: Tensor, rng: np.random.Generator
@@ -178,12 +177,3 @@ class FineTuning:
         if isinstance(self._over_ranks, DistributedDataParallel) and not is_last:
             return self._over_ranks.no_sync()
         return contextlib.nullcontext()
-
-
-def _over_ranks(network: Classifier, runtime: Runtime) -> nn.Module:
-    if runtime.world_size == 1:
-        return network
-    device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -19,12 +19,12 @@ from esvit.tasks.throughput import table_row
 
 IMAGENET_IMAGES = 1_281_167
 _RESERVED_BYTES = 1.5e9  # CUDA's context and libraries, NCCL's buffers
-_USABLE = 0.95  # of the rest: what fragmentation leaves
+_USABLE = 0.9  # of the rest: what fragmentation leaves
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory (GiB), and peak of matrix products (1e12 operations a second, two per multiply-add) as its maker states it, without sparsity."""
+    """memory (GiB), and the stated peak of matrix products (1e12 operations a second, two per multiply-add), without sparsity."""
 
     name: str
     memory: int
@@ -136,7 +136,8 @@ def _sizes(task: Pretrain, cost: StepCost) -> list[str]:
     heads = 2 if task.loss.needs_regions else 1
     per_image = cost.flops / task.data.batch_size
     return [
-        f"parameters     {cost.backbone / 1e6:.2f} M backbone, {cost.parameters / 1e6:.2f} M with heads, {cost.trained / 1e6:.2f} M trained",
+        f"parameters     {cost.backbone / 1e6:.2f} M backbone, {cost.parameters / 1e6:.2f} M with heads, "
+        f"{cost.trained / 1e6:.2f} M trained",
         f"prototypes     {task.head.prototypes} x {task.head.bottleneck_dim}, {_count(heads, 'head')}",
         f"arithmetic     {per_image / 1e9:.1f} G multiply-adds per image and step, all crops, teacher, student and loss",
     ]
@@ -171,27 +172,37 @@ def _disk(task: Pretrain, cost: StepCost) -> list[str]:
 
 
 def _gpu_table(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradients: bool, seen: int) -> list[str]:
-    low, high = SINGLE_SHARES if around.precision == "fp32" else HALF_SHARES
+    is_estimated = around.images_per_second is None
     batch = task.data.batch_size
-    lines = [f"{'':<13}{'fits':>6}{'largest batch':>15}{'hours with ' + str(around.processes):>22}{'GPU-hours':>18}"]
+    lines = [
+        f"{'':<13}{'fits':>6}{'largest batch':>15}" + (f"{f'hours with {around.processes}':>22}{'GPU-hours':>18}" if is_estimated else "")
+    ]
     for gpu in GPUS:
         if around.precision == "bf16" and gpu.name.startswith("V100"):
             lines.append(f"{gpu.name:<13}  has no bf16")
             continue
         largest = _largest_batch(gpu, cost, batch, keeps_gradients)
-        peak = (gpu.single if around.precision == "fp32" else gpu.half) * 1e12
-        per_image = 2 * cost.flops / batch / peak / 3600
-        hours = [seen * per_image / share for share in (high, low)]
-        if around.images_per_second is not None:
-            hours = [seen / around.images_per_second / 3600] * 2
-        wall = _range([each / around.processes for each in hours])
-        lines.append(f"{gpu.name:<13}{'yes' if largest >= batch else 'no':>6}{largest:>15}{wall:>22}{_range(hours):>18}")
+        hours = _hours(gpu, cost, batch, around, seen)
+        time = f"{_range(hours, around.processes):>22}{_range(hours, 1):>18}" if is_estimated else ""
+        lines.append(f"{gpu.name:<13}{'yes' if largest >= batch else 'no':>6}{largest:>15}{time}")
     if around.images_per_second is not None:
-        basis = f"{around.images_per_second} images per second of one GPU, as given, whichever it is"
-    else:
-        basis = f"{low:.0%} to {high:.0%} of the peak in {around.precision}, assumed; nothing here was measured"
-    lines += ["", f"hours: {basis}; waiting for data, communication and k-NN come on top"]
-    return lines
+        hours = [seen / around.images_per_second / 3600]
+        found = f"{_range(hours, around.processes)} with {around.processes}, {_range(hours, 1)} GPU-hours"
+        return [*lines, "", f"hours: {found}, at {around.images_per_second:g} images per second of each GPU, as given"]
+    low, high = _shares(around)
+    basis = f"{low:.0%} to {high:.0%} of the peak in {around.precision}, assumed; nothing here was measured"
+    return [*lines, "", f"hours: {basis}; waiting for data, communication and k-NN come on top"]
+
+
+def _hours(gpu: Gpu, cost: StepCost, batch: int, around: Surroundings, seen: int) -> list[float]:
+    """Of one GPU for everything, if it reaches the largest share of its peak and if it reaches the smallest."""
+    peak = (gpu.single if around.precision == "fp32" else gpu.half) * 1e12
+    low, high = _shares(around)
+    return [2 * cost.flops / batch * seen / (share * peak) / 3600 for share in (high, low)]
+
+
+def _shares(around: Surroundings) -> tuple[float, float]:
+    return SINGLE_SHARES if around.precision == "fp32" else HALF_SHARES
 
 
 def _largest_batch(gpu: Gpu, cost: StepCost, batch: int, keeps_gradients: bool) -> int:
@@ -214,14 +225,15 @@ def _measured(task: Pretrain, cost: StepCost, around: Surroundings, seen: int) -
     per_second = rate / (cost.flops / task.data.batch_size)
     hours = seen / per_second / 3600
     return [
-        f"on the device of {around.throughput}: {per_second:.3g} images per second of each, {hours / around.processes:.3g} hours with "
-        f"{around.processes}, {hours:.3g} device-hours (as many operations a second as in its forward pass, {rate / 1e12:.3g}e12 multiply-adds)"
+        f"hours on the device of {around.throughput}: {_range([hours], around.processes)} with {around.processes}, "
+        f"{_range([hours], 1)} device-hours, at {per_second:.3g} images per second of each",
+        f"(as many operations a second as in the forward pass measured there, {rate / 1e12:.3g}e12 multiply-adds)",
     ]
 
 
-def _range(hours: list[float]) -> str:
-    low, high = (f"{each:.0f}" if each >= 10 else f"{each:.1f}" for each in hours)
-    return low if low == high else f"{low} to {high}"
+def _range(hours: list[float], processes: int) -> str:
+    shown = [f"{each / processes:.0f}" if each / processes >= 10 else f"{each / processes:.2g}" for each in hours]
+    return " to ".join(dict.fromkeys(shown))
 
 
 def _count(number: int, thing: str, plural: str = "s") -> str:

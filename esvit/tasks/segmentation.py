@@ -107,7 +107,7 @@ class Segmentation:
             judge = Judge(learned, features, grid, len(names), network)
             draws = MaskDraws(validation, val_masks, network.transform)
             scores = judge.scores(self._batches(draws, len(validation), runtime))
-            metrics = _metrics(scores, names)
+            metrics = _metrics(scores, names) | {"segmentation/linear_iterations": learned.linear.regression.iterations}
             if runtime.is_main:
                 data = {"train": train_features.data, "validation": features.data}
                 images = {"train": len(train_features.places), "validation": len(features.places)}

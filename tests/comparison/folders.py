@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from esvit.comparison.groups import ABSENT
+from esvit.comparison.differences import ABSENT
 from esvit.comparison.runs import Run, Series
 from esvit.evaluation.protocol import write_protocol
 from esvit.run_folder import flatten

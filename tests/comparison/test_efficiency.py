@@ -63,7 +63,7 @@ def test_of_several_metrics_the_first_one_that_fits_is_drawn_and_the_rest_is_tol
     known = run("tiny", {"knn/teacher": 60.0, "knn/top1_k20": 65.0})
     found = ours(known)
     assert [dot.accuracy for panel in found.panels for dot in panel.dots] == [65.0]
-    assert found.notes == ["leaves, k-NN: shows knn/top1_k20; left out: knn/teacher of 1 groups"]
+    assert found.notes == ["leaves, k-NN: shows knn/top1_k20; left out: knn/teacher of 1 group"]
 
 
 def test_other_images_get_panels_of_their_own_and_imagenet_shares_the_published_ones():

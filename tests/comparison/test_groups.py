@@ -13,6 +13,7 @@ from esvit.comparison.groups import (
     matches,
     pareto_front,
     ranked,
+    repeated_throughput,
     short_names,
     winners,
     with_throughput,
@@ -98,6 +99,21 @@ def test_labels_are_the_runs_names_where_these_tell_the_groups_apart():
     assert [group.label for group in grouped(named)] == ["view", "both"]
     alike = [run("swin", {}, optimizer__learning_rate=rate) for rate in (0.1, 0.2)]
     assert [group.label for group in grouped(alike)] == ["learning_rate=0.1", "learning_rate=0.2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lr_0.1_seed3", "lr_0.1"),
+        ("view seed 0", "view"),
+        ("view-s1", "view"),
+        ("materials1", "materials1"),
+        ("loss=view,seed=2", "loss=view"),
+    ],
+)
+def test_a_seed_at_the_end_of_a_name_does_not_count(name, told):
+    runs = [run(name, {}), run("other", {}, epochs=9)]
+    assert grouped(runs)[0].label == told
 
 
 def test_short_names_are_as_long_as_they_must_be():
@@ -186,3 +202,13 @@ def test_measurements_of_throughput_are_costs_of_the_runs_with_that_backbone():
     assert [each.name for each in joined] == ["wide", "same"]
     assert [each.final.get("throughput/images_per_second") for each in joined] == [None, 500.0]
     assert with_throughput([measured]) == [measured]
+
+
+def test_of_several_measurements_of_a_backbone_the_newest_counts_and_a_reader_is_told():
+    from dataclasses import replace
+
+    old, new = (run("cost", {"images_per_second": speed}, choices__task="throughput") for speed in (5.0, 9.0))
+    runs = [replace(new, written=2.0), replace(old, written=1.0), run("tiny", {"knn/teacher": 1.0})]
+    assert with_throughput(runs)[0].final["throughput/images_per_second"] == 9.0
+    assert len(repeated_throughput(runs)) == 1
+    assert repeated_throughput(runs[1:]) == []

@@ -43,6 +43,11 @@ def test_a_class_token_is_asked_where_there_is_one() -> None:
     torch.testing.assert_close(attention_map(block, None)[0, 0], torch.tensor([[0.8, 0.2]]))
 
 
+def test_maps_keep_their_precision_in_a_network_of_less() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(attention_map(PLANTED, None).sum(), torch.tensor(1.0), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [swin, micro_cvt, micro_vil, micro_vit], ids=lambda make: make.__name__)
 @torch.no_grad()
 def test_maps_are_those_of_the_attention_on_the_whole_grid(make) -> None:

@@ -77,7 +77,7 @@ def pictures(folder: Path) -> set[str]:
 COMMON = {"matches/one.png", "views/one_1.png", "views/one_2.png", "region_colors.png", "neighbours.png"}
 
 
-@pytest.mark.parametrize(("make", "blocks"), [(swin, 6), (micro_cvt, 4), (micro_vil, 4), (micro_vit, 3)], ids=lambda each: str(each))
+@pytest.mark.parametrize(("make", "blocks"), [(swin, 6), (micro_cvt, 4), (micro_vil, 4), (micro_vit, 3)], ids=["swin", "cvt", "vil", "vit"])
 def test_every_transformer_leaves_pictures_numbers_and_a_page(make, blocks: int, photos: Path, tmp_path: Path) -> None:
     metrics = analyze(photos, tmp_path, make())
     assert pictures(tmp_path) == COMMON | {"attention/one.png", "attention_heads/one.png", "attention_entropy.png"}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from esvit.errors import OptionError
 from esvit.evaluation.protocol import protocol_differences, read_protocol
@@ -41,13 +42,21 @@ def test_accuracies_are_those_counted_by_hand(folder, tmp_path):
 
 def test_baselines_see_colours_as_well_as_the_backbone_does(folder, tmp_path):
     """Pixels less an image's mean, the histogram's cells, and the network itself all tell three plain colours apart."""
-    network = frozen(checkpoint=None, network="untrained")
-    metrics = evaluate(knn(folder, baselines=True, frozen=network), tmp_path / "run")
+    metrics = evaluate(knn(folder, baselines=True), tmp_path / "run")
     for name in ("raw_pixels_", "color_histogram_"):
         for rest in ("top1_k1", "top5_k1", "top1_k3", "top5_k3"):
             assert metrics[f"knn/{name}{rest}"] == metrics[f"knn/{rest}"] == pytest.approx(500 / 6)
     assert not [name for name in metrics if "untrained" in name], "the network itself is untrained"
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == []
+
+
+def test_the_untrained_network_is_measured_as_it_was_before_its_weights_were_loaded(folder, tmp_path):
+    """Weights of zero make all images alike, so that every class has three equal votes: a third of the validation images is right."""
+    torch.save({"scale": torch.zeros(1)}, tmp_path / "weights.pt")
+    network = frozen(network="teacher", checkpoint=str(tmp_path / "weights.pt"))
+    metrics = evaluate(knn(folder, neighbours=[3, 9], baselines=True, frozen=network), tmp_path / "run")
+    assert metrics["knn/top1_k9"] == pytest.approx(100 / 3)
+    assert metrics["knn/untrained_top1_k3"] == pytest.approx(500 / 6)
 
 
 def test_the_table_names_every_row_and_k(folder, tmp_path, capsys):

@@ -1,0 +1,149 @@
+"""plan=true: what it counts against real steps and formulas, what it prints, and that it needs no data and writes nothing."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import conf.schema
+from conf.composition import Composer, opened
+from conf.plan import options_of_plan
+from esvit.errors import OptionError
+from esvit.records import StepValues
+from esvit.runtime import Runtime
+from esvit.tasks.distillation import Distillation
+from esvit.tasks.plan_ahead import GPUS, Surroundings, plan_ahead
+from esvit.tasks.plan_step import count_step
+from esvit.tasks.throughput import LiveTensors, add_row, flops
+from run import build
+from tests.command_line.commands import succeeded
+
+SMALL = (
+    "backbone=vit_tiny", "backbone.image_size=32", "backbone.patch_size=8", "backbone.dim=48", "backbone.depth=2", "backbone.heads=2",
+    "augmentation.global_crops_size=32", "augmentation.local_crops_size=16", "augmentation.local_crops_number=3", "head.hidden_dim=40",
+    "head.bottleneck_dim=16", "head.prototypes=100", "data.batch_size=4", "epochs=20",
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def composer() -> Iterator[Composer]:
+    conf.schema.register()
+    with opened() as composer:
+        yield composer
+
+
+@pytest.fixture
+def options(composer) -> Callable[..., dict[str, Any]]:
+    return lambda *words: options_of_plan(composer.compose([*SMALL, *words]))
+
+
+def surroundings(options: dict[str, Any], **changes: Any) -> Surroundings:
+    own = {"name": "run", "backbone": options["backbone_name"], "precision": options["precision"], "processes": options["processes"]}
+    return Surroundings(**(own | {"script": None} | options["planning"] | changes))
+
+
+def plan(options: dict[str, Any], **changes: Any) -> str:
+    return "\n".join(plan_ahead(lambda: build(options["task"]), surroundings(options, **changes)))
+
+
+def on_meta(options: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return build(options["task"])
+
+
+@pytest.mark.parametrize("loss", ["view", "view_region"])
+def test_the_count_is_what_a_real_step_has_alive(loss, options):
+    """A real step on the CPU, forward and backward, tensor by tensor; and what its checkpoint would hold."""
+    given = options(f"loss={loss}")
+    cost = count_step(on_meta(given), batch_size=4, precision="fp32", device=CPU)
+    task = build(given["task"])
+    network = task.head.attach(task.backbone, regions=task.loss.needs_regions)
+    task.loss.setup(prototypes=task.head.prototypes)
+    runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=True, threads=1, timeout_minutes=1.0, stall_minutes=0.0)
+    optimizer = task.optimizer.build(network, precision="fp32", device=CPU)
+    distillation = Distillation(
+        network=network, loss=task.loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None
+    )
+    moments = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    modules = (network, distillation.teacher, task.loss)
+    crops = [torch.zeros(4, 3, size, size) for size in task.augmentation.crop_sizes]
+    now = StepValues(epoch=0, learning_rate=0.001, weight_decay=0.0, momentum=0.99, temperature=0.04, last_layer_frozen=False)
+    kept = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+    with LiveTensors([*kept, *moments, *crops]) as live:
+        distillation.step([crops], now, sound=torch.tensor(True), rng=np.random.default_rng(0))
+    assert cost.peak(keeps_gradients=False) == pytest.approx(live.peak, rel=0.02)
+    assert cost.checkpoint() == sum(each.numel() * each.element_size() for each in (*kept, *moments))
+    assert cost.gradients == 4 * cost.trained == 4 * sum(each.numel() for each in network.parameters() if each.requires_grad)
+
+
+def test_operations_are_those_of_the_formula(options):
+    """Backbone passes as task=throughput counts them; heads and prototypes by hand."""
+    task = on_meta(options("loss=view"))
+    cost = count_step(task, batch_size=4, precision="fp32", device=CPU)
+    real = build(options()["backbone"])
+    large, small = (4 * flops(real, torch.zeros(1, 3, size, size)) for size in (32, 16))
+    head = 48 * 40 + 40 * 40 + 40 * 16
+    rows, teacher_rows = 4 * 5, 4 * 2
+    backbone = 3 * (2 * large + 3 * small) + 2 * large
+    prototypes = 3 * 100 * 16 * (rows + teacher_rows)  # logits, mean prototype and the prototypes' gradient, each once
+    pulls = 2 * 5 * 4 * 16  # of the view loss: teacher views x crops x images x width
+    assert cost.flops == pytest.approx(backbone + head * (3 * rows + teacher_rows) + prototypes + pulls, rel=1e-3)
+
+
+def test_half_precision_and_fused_attention_need_less(options):
+    task = options("loss=view_region", "backbone.patch_size=4")
+    plain = count_step(on_meta(task), batch_size=4, precision="fp32", device=CPU)
+    fused = count_step(on_meta(task), batch_size=4, precision="fp32")
+    half = count_step(on_meta(task), batch_size=4, precision="bf16")
+    assert plain.activations > fused.activations > half.activations
+    assert (plain.weights, plain.moments) == (half.weights, half.moments)
+    twice = count_step(on_meta(task), batch_size=8, precision="fp32")
+    assert twice.activations == pytest.approx(2 * fused.activations, rel=0.1)
+    assert twice.flops == pytest.approx(2 * fused.flops, rel=1e-6)
+
+
+def test_a_plan_needs_no_data_and_tells_what_was_assumed(options):
+    text = plan(options("planning.images=1000", "task.accumulation=2", "launcher=gpus", "launcher.processes=8"))
+    assert "1000 (planning.images), 64 per step (4 x 8 processes x 2 micro-batches)" in text
+    assert "steps          300, 15 per epoch, 20 epochs" in text
+    assert "learning rate  0.000125 at its peak" in text
+    assert all(gpu.name in text for gpu in GPUS)
+    assert "1281167 (ImageNet-1K's, assumed because data.root is not given" in plan(options())
+    assert "'/nowhere' is not there" in plan(options("data.root=/nowhere"))
+    assert "has no bf16" in plan(options("precision=bf16"))
+
+
+def test_measured_speed_replaces_the_estimate(options, tmp_path):
+    given = options("planning.images=7200", "planning.images_per_second=40", "launcher=gpus", "launcher.processes=4")
+    assert "hours: 0.25 with 4, 1 GPU-hours, at 40 images per second of each GPU, as given" in plan(given)
+    table = tmp_path / "table.md"
+    add_row(table, "vit_tiny", ["5.5 M", "1.00", "16", "48", "10.0", "0.03"])
+    text = plan(options("planning.images=7200", f"planning.throughput={table}"))
+    assert f"hours on the device of {table}" in text and "0.01e12 multiply-adds" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=zoo"], "plan: task=zoo cannot be planned"),
+        (["planning.images=3"], "data.batch_size: one step takes 4 images but there are 3"),
+        (["planning.images=-1"], "planning.images: -1 is too small"),
+        (["planning.throughput=/nowhere.md"], "planning.throughput: there is no file '/nowhere.md'"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, options):
+    with pytest.raises(OptionError, match=message):
+        plan(options(*words))
+
+
+def test_the_command_prints_the_script_and_writes_nothing(commands, tmp_path):
+    outcome = succeeded(
+        commands.run(*SMALL, "plan=true", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "accumulation=2", folder=tmp_path)
+    )
+    assert "(4 x 8 processes x 2 micro-batches)" in outcome.out
+    assert "#SBATCH --nodes=2" in outcome.out
+    assert list(Path(tmp_path).iterdir()) == []
