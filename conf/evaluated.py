@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.schema import tasks
+from conf.schema.tasks.analyze import Analyze
 from conf.schema.tasks.frozen import Frozen
 from esvit.errors import OptionError
 from esvit.run_folder import RunFolder, flatten
@@ -39,6 +40,8 @@ def take_over(arguments: list[str], planned: Mapping[str, dict[str, Any]]) -> li
     if schema is not None and _has_frozen(schema):
         known |= _frozen(config) | {"output_dir": f"{run.path}/evaluations/{task}_${{now:%Y-%m-%d_%H-%M-%S}}"}
     choices = config.get("choices", {})
+    if schema is Analyze and choices.get("data") == "folder":
+        known["task.dataset"] = config["data"]["val_root"]
     if "tracking" not in typed:
         known |= _tracking(config["tracking"])
     for group in _GROUPS:

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from esvit.comparison import charts
 from esvit.comparison.columns import Column
-from esvit.comparison.differences import ABSENT, short_names, text_of
 from esvit.comparison.comparison import Comparison, protocol_lines
+from esvit.comparison.differences import ABSENT, short_names, text_of
 from esvit.comparison.drawing import colors
 from esvit.comparison.groups import Group, Summary, winners
 from esvit.comparison.runs import Run

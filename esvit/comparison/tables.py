@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from esvit.comparison.comparison import Comparison
 from esvit.comparison.columns import Column
+from esvit.comparison.comparison import Comparison
 from esvit.comparison.differences import ABSENT, short_names
 from esvit.comparison.differences import text_of as option_text
 from esvit.comparison.groups import Group, Summary, winners

@@ -24,7 +24,7 @@ from esvit.run_folder import RunFolder
 from esvit.runtime import Runtime
 from esvit.tasks.analyze_parts import AttentionMaps, MatchedPhoto, RegionColors, RegionMatches, go_on
 from esvit.tasks.analyze_sets import Entropy, draw_neighbours, measure_entropy
-from esvit.tracking.base import Tracker
+from esvit.tracking.base import EVALUATED_STEP, Tracker
 from esvit.tracking.environment import source_state
 
 LEAST = {"max_photos": 1, "max_images": 2, "entropy_images": 1, "queries": 0, "neighbours": 1, "batch_size": 1, "workers": 0}
@@ -99,7 +99,7 @@ class Analyze:
                 print(f"report  {runtime.folder / 'report.html'}", flush=True)
             tracker.log(1, 0, metrics)
             tracker.artifact(runtime.folder / "config.yaml")
-            tracker.final(metrics | {"step": 1}, 1)
+            tracker.final(metrics | {EVALUATED_STEP: network.step, "step": 1}, 1)
 
     def _check(self) -> None:
         for option, least in LEAST.items():

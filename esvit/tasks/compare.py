@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from esvit.comparison import page, tables
-from esvit.comparison.comparison import Comparison, compared
 from esvit.comparison.columns import matches
+from esvit.comparison.comparison import Comparison, compared
 from esvit.comparison.selection import gather
 from esvit.comparison.store import BEST_ALIAS, register_best
 from esvit.errors import OptionError

@@ -41,6 +41,7 @@ from esvit.evaluation.protocol import write_protocol
 from esvit.evaluation.stereo import StereoPhotos, StereoViews
 from esvit.runtime import Runtime
 from esvit.tasks.tables import aligned
+from esvit.tracking.base import EVALUATED_STEP
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Correspondence:
                 print("\n".join(self._table(by_kind, cells, len(tallies))), flush=True)
             tracker.log(1, 0, metrics)
             tracker.artifact(runtime.folder / "config.yaml")
-            tracker.final(metrics | {"step": 1}, 1)
+            tracker.final(metrics | {EVALUATED_STEP: network.step, "step": 1}, 1)
 
     def _check(self) -> None:
         if self.pairs < 1:

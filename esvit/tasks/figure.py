@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esvit.comparison.efficiency import Ours, draw, our_panels, published_panels, together
 from esvit.comparison.columns import matches
+from esvit.comparison.efficiency import Ours, draw, our_panels, published_panels, together
 from esvit.comparison.selection import gather
 from esvit.errors import OptionError
 from esvit.tracking.files import replace_file

@@ -41,6 +41,7 @@ from esvit.evaluation.segmentation import (
 )
 from esvit.runtime import Runtime
 from esvit.tasks.tables import aligned
+from esvit.tracking.base import EVALUATED_STEP
 
 REGIONS = Describe("regions", lambda backbone, images: backbone(images).regions.flatten(1))
 _SHOWN_CLASSES = 30  # rows of the printed table; metrics.json has all
@@ -120,7 +121,7 @@ class Segmentation:
                 print("\n".join(self._table(scores, names, grid, images, len(learned.knn.labels))), flush=True)
             tracker.log(1, 0, metrics)
             tracker.artifact(runtime.folder / "config.yaml")
-            tracker.final(metrics | {"step": 1}, 1)
+            tracker.final(metrics | {EVALUATED_STEP: network.step, "step": 1}, 1)
 
     def _check(self) -> None:
         for option in ("train_regions", "neighbours", "iterations"):

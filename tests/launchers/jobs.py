@@ -61,17 +61,19 @@ def count(config: dict) -> None:
     """Take `steps` steps of `seconds` each, from where the last attempt stopped; a run without torch.
 
     Ends on a signal after the step at hand, as a run does: rank 0 writes its state, every rank exits with 128 + signal. Rank 0 logs every
-    step, and what it was started as.
+    step, and what it was started as. For `before` seconds there are no handlers yet.
     """
+    folder = Path(config["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(config.get("before", 0))
     stopped_by: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, _: stopped_by.append(number))
-    folder = Path(config["folder"])
     is_main = os.environ["RANK"] == "0"
     state = folder / "state.json"
     first = json.loads(state.read_text())["step"] if state.exists() else 0
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         _append(folder / "attempts.jsonl", {"from": first, "version": VERSION, "command": sys.argv, "cwd": os.getcwd()})
     for step in range(first + 1, config["steps"] + 1):
         time.sleep(config["seconds"])

@@ -50,7 +50,7 @@ def sigterm_once_ready():
 
 
 def test_every_rank_gets_its_number_and_the_same_config(tmp_path):
-    Gpus(processes=2, grace_seconds=1).launch(job("tell", tmp_path))
+    Gpus(processes=2, grace_seconds=1, parallel=1).launch(job("tell", tmp_path))
     ranks = told(tmp_path)
     assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in ranks] == [("0", "0"), ("1", "1")]
     assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"], rank["MASTER_ADDR"]) for rank in ranks} == {("2", "2", "127.0.0.1")}
@@ -60,7 +60,7 @@ def test_every_rank_gets_its_number_and_the_same_config(tmp_path):
 
 def test_a_rank_that_raises_ends_the_others_and_leaves_its_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        Gpus(processes=2, grace_seconds=60).launch(job("fail_in_rank_1", tmp_path))  # jobs' 60 s would be noticed
+        Gpus(processes=2, grace_seconds=60, parallel=1).launch(job("fail_in_rank_1", tmp_path))  # jobs' 60 s would be noticed
     assert end.value.code == 1
     assert capsys.readouterr().err == f"error: RuntimeError: the second rank fell (traceback in {tmp_path / 'errors'})\n"
     text = (tmp_path / "errors" / "rank_1.txt").read_text()
@@ -71,7 +71,7 @@ def test_a_rank_that_raises_ends_the_others_and_leaves_its_traceback(tmp_path, c
 def test_a_users_mistake_is_told_once_for_all_ranks(tmp_path, capsys):
     folder = tmp_path / "never_made"
     with pytest.raises(SystemExit) as end:
-        Gpus(processes=2, grace_seconds=1).launch(job("mistake", folder))
+        Gpus(processes=2, grace_seconds=1, parallel=1).launch(job("mistake", folder))
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: data.root: is missing; give one\n"
     assert not folder.exists()
@@ -80,7 +80,7 @@ def test_a_users_mistake_is_told_once_for_all_ranks(tmp_path, capsys):
 def test_a_rank_killed_from_outside_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("launchers.gpus._SECONDS_AFTER_FAILURE", 0.2)
     with pytest.raises(SystemExit) as end:
-        Gpus(processes=2, grace_seconds=60).launch(job("end_in_rank_0", tmp_path))
+        Gpus(processes=2, grace_seconds=60, parallel=1).launch(job("end_in_rank_0", tmp_path))
     assert end.value.code == 128 + signal.SIGKILL
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a process was killed by SIGKILL")
@@ -90,7 +90,7 @@ def test_signals_reach_every_rank_and_their_exit_code_comes_back(tmp_path, capsy
     before = signal.getsignal(signal.SIGTERM)
     sigterm_once_ready(tmp_path)
     with pytest.raises(SystemExit) as end:
-        Gpus(processes=2, grace_seconds=60).launch(job("exit_on_signal", tmp_path))
+        Gpus(processes=2, grace_seconds=60, parallel=1).launch(job("exit_on_signal", tmp_path))
     assert end.value.code == 143
     assert capsys.readouterr().err == ""
     assert signal.getsignal(signal.SIGTERM) is before
@@ -99,7 +99,7 @@ def test_signals_reach_every_rank_and_their_exit_code_comes_back(tmp_path, capsy
 def test_a_rank_that_stays_after_a_signal_is_killed_after_the_grace_time(tmp_path, sigterm_once_ready):
     sigterm_once_ready(tmp_path)
     with pytest.raises(SystemExit) as end:
-        Gpus(processes=2, grace_seconds=0.2).launch(job("ignore_signals", tmp_path))
+        Gpus(processes=2, grace_seconds=0.2, parallel=1).launch(job("ignore_signals", tmp_path))
     assert end.value.code == 143
     assert not any(is_alive(rank["pid"]) for rank in told(tmp_path))
 
@@ -107,7 +107,7 @@ def test_a_rank_that_stays_after_a_signal_is_killed_after_the_grace_time(tmp_pat
 def test_the_local_launcher_stays_in_this_process(tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
-    Local().launch(job("tell", tmp_path))
+    Local(parallel=1).launch(job("tell", tmp_path))
     assert [rank["pid"] for rank in told(tmp_path)] == [os.getpid()]
 
 

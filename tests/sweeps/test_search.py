@@ -88,7 +88,11 @@ def test_the_best_of_all_trials_is_found_and_written_down(tmp_path, capsys):
 def test_a_poor_trial_is_stopped_by_its_log(tmp_path, capsys):
     hangs = maker(tmp_path, x=lambda number: 0.5 if number < 2 else 0.9, hangs_at=lambda number: None if number < 2 else 1)
     result = search(
-        launcher=Local(parallel=1), folder=tmp_path, space=[X], make=hangs, options=options(trials=3, at_once=1, prune=True, prune_from_epoch=1)
+        launcher=Local(parallel=1),
+        folder=tmp_path,
+        space=[X],
+        make=hangs,
+        options=options(trials=3, at_once=1, prune=True, prune_from_epoch=1),
     )
     (stopped,) = (trial for trial in result["trials"] if trial["state"] == "PRUNED")
     assert (stopped["name"], stopped["last_epoch"], stopped["value"]) == ("02", 1, None)
@@ -153,9 +157,7 @@ def test_failures_are_told_and_three_in_a_row_end_the_search(tmp_path, capsys):
 
 def test_a_metric_that_no_run_has_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="search.metric: 'knn/top1' is not in .*00/metrics.json; there are knn/teacher"):
-        search(
-            launcher=Local(parallel=1), folder=tmp_path, space=[X], make=maker(tmp_path), options=options(metric="knn/top1", at_once=1)
-        )
+        search(launcher=Local(parallel=1), folder=tmp_path, space=[X], make=maker(tmp_path), options=options(metric="knn/top1", at_once=1))
 
 
 def test_a_folder_of_another_search_is_refused(tmp_path):
@@ -167,9 +169,7 @@ def test_a_folder_of_another_search_is_refused(tmp_path):
 
 def test_trials_on_a_scheduler_outlive_the_search(tmp_path):
     """`launcher=command` stands for one: the killed search finds one trial ended and one still at work."""
-    launcher = Command(
-        template="setsid {command} >/dev/null 2>&1 & echo $!", cancel="kill {id}", processes=1, grace_seconds=5, python=None
-    )
+    launcher = Command(template="setsid {command} >/dev/null 2>&1 & echo $!", cancel="kill {id}", processes=1, grace_seconds=5, python=None)
     make = maker(tmp_path, hangs_at=lambda number: 1 if number == 0 else None)
     arguments = {"launcher": launcher, "folder": tmp_path, "space": [X], "options": options(trials=2), "make": make}
     parent = os.fork()
