@@ -4,13 +4,17 @@ BIN := .venv/bin
 # More options for the demo, e.g. make demo OVERRIDES="max_steps=60 seed=1"
 OVERRIDES ?=
 
-.PHONY: demo test lint lock
+.PHONY: demo test test-slurm lint lock
 
 demo: .venv/ready
 	$(BIN)/python run.py experiment=demo $(OVERRIDES)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Real SLURM daemons on this machine, as root; missing ones are installed with apt-get, and everything is taken down again at the end.
+test-slurm: .venv/ready
+	$(BIN)/python -m pytest tests/slurm --slurm
 
 lint: .venv/ready
 	$(BIN)/ruff check .

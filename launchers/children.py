@@ -49,6 +49,7 @@ def run_array(
     """Write down the children of a sweep and run them; ends this process with exit code 1 if one of them fails."""
     mains = submission.children(jobs, names, then, saved)
     refuse_active(JobsFile(folder))
+    slots(launcher.parallel, gpus_each)  # refuses what cannot be, before anything is written
     file = submission.prepare(folder, mains, launcher=submission.options_of(launcher), process=this_process())
     run(file, names, parallel=launcher.parallel, gpus_each=gpus_each)
 
@@ -65,6 +66,8 @@ def run(file: JobsFile, names: Sequence[str], *, parallel: int, gpus_each: int) 
         pool.run(list(names))
     finally:
         pool.send(signal.SIGKILL)
+        with file.changing() as content:
+            content.process = None
         for number, handler in handlers.items():
             signal.signal(number, handler)
     print("\n".join(status.table(status.states(file.folder))), flush=True)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from launchers import children, submission
 from launchers.job import Job
@@ -26,11 +27,15 @@ class Command:
     python         the Python of that machine; None means this one
     """
 
+    returns_at_once: ClassVar[bool] = True
     template: str
     cancel: str | None
     processes: int
     grace_seconds: float
     python: str | None
+
+    def check(self) -> None:
+        """There is nothing to check before the template's command is run."""
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Submit a run; what follows it is run by the same command."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from launchers import children
 from launchers.job import Job
@@ -29,6 +30,7 @@ class Gpus:
     parallel       how many children of a sweep run at once, each with so many ranks
     """
 
+    returns_at_once: ClassVar[bool] = False
     processes: int
     grace_seconds: float
     parallel: int

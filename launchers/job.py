@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,13 @@ class Job:
 
 
 class Launcher(Protocol):
-    """What `launcher=...` chooses."""
+    """What `launcher=...` chooses.
+
+    returns_at_once  whether `launch` returns before the job has run; then it has a `check` too, which ends this process with one line
+                     where an option cannot work
+    """
+
+    returns_at_once: ClassVar[bool]
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Run `job`, or see to it that it is run.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from launchers import children
 from launchers.job import Job
@@ -12,6 +13,7 @@ from launchers.job import Job
 class Local:
     """parallel  how many children of a sweep run at once"""
 
+    returns_at_once: ClassVar[bool] = False
     parallel: int
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
@@ -33,6 +33,8 @@ _PYTHON_SAFE_FROM_SIGNALS = 'bash -c \'trap "" USR2 TERM; exec "$@"\' bash'
 @dataclass(kw_only=True)
 class Slurm:
     """The options of `launcher=slurm`; they are explained in conf/schema/running.py."""
+
+    returns_at_once: ClassVar[bool] = True
 
     nodes: int
     gpus_per_node: int
@@ -61,7 +63,7 @@ class Slurm:
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Submit a run and what follows it; ends this process with one line where that cannot be."""
-        self._check()
+        self.check()
         refuse_active(job.folder, [RUN])
         file = submission.prepare(job.folder, [Main(name=RUN, job=job, then=then, saved=saved)], launcher=submission.options_of(self))
         self.submit(file, [RUN])
@@ -77,7 +79,7 @@ class Slurm:
         saved: Sequence[Job] = (),
     ) -> None:
         """Submit the children of a sweep as one array, and what follows them as further ones."""
-        self._check()
+        self.check()
         mains = submission.children(jobs, names, then, saved)
         refuse_active(folder, names)
         file = submission.prepare(folder, mains, launcher=submission.options_of(self))
@@ -194,7 +196,7 @@ class Slurm:
         """The user's, the folder of the run or sweep, and the one that relative paths begin at."""
         return list(dict.fromkeys([*self.container_mounts, str(folder), str(Path.cwd())]))
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """End this process with one line where an option cannot work."""
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             sys.exit("error: launcher: 'slurm', but there is no sbatch here; submit where SLURM's commands are, or use launcher=gpus")

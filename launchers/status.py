@@ -132,7 +132,8 @@ def _own_state(history: History, entry: Entry, content: Submission) -> JobState:
     if entry.id is None:
         return JobState("NOT SUBMITTED", "")
     if not events:
-        if content.process is None or _may_live(content.process):
+        may_start = content.launcher["kind"] == "command" or (content.process is not None and _may_live(content.process))
+        if may_start:
             return JobState("PENDING", "")
         return JobState("CANCELLED", "never started")
     if events[-1]["event"] == "ended":

@@ -58,7 +58,7 @@ class Submission:
     commit        of the code, None without git; dirty: whether it was changed since
     code          the snapshot's folder
     tracking_run  {"run_id", "url"} of the run in MLflow, or None
-    process       what works through it, where that is no scheduler
+    process       what works through it, where that is no scheduler; None once it has ended
     """
 
     launcher: dict[str, Any]

@@ -125,11 +125,11 @@ def _images(task: Pretrain, around: Surroundings) -> tuple[int, str]:
     """How many, and how that is known."""
     if around.images is not None:
         return around.images, "planning.images"
-    where = f"'{task.data.root}' is not there" if task.data.root else "not given"
+    why = f"'{task.data.root}' is not there" if task.data.root else "data.root is not given"
     try:
         return len(task.data.train()), f"of {task.data.root or 'the package'}"
     except OptionError:
-        return IMAGENET_IMAGES, f"ImageNet-1K's, assumed because data.root is {where}; planning.images=N for others"
+        return IMAGENET_IMAGES, f"ImageNet-1K's, assumed because {why}; planning.images=N for others"
 
 
 def _sizes(task: Pretrain, cost: StepCost) -> list[str]:

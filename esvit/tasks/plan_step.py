@@ -134,7 +134,8 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)  # torch's table lacks those in place
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
         return result

@@ -35,8 +35,7 @@ CONSUMED = {
     "train_swin_dense_lars.npz": "test_training.py",
 }
 
-NOT_OURS_YET = {
-}
+NOT_OURS_YET = {}
 
 
 def test_every_case_is_consumed_or_named_as_not_ours(goldens):

@@ -35,7 +35,9 @@ class Cluster:
         """Take both nodes for a job of the high partition, which preempts whatever runs, and wait until it has ended."""
         command = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"]
         job_id = run(*command).strip()
-        wait_until(lambda: "COMPLETED" in run("sacct", "-X", "-n", "-P", "-o", "State", "-j", job_id), "end of the job of the high partition")
+        wait_until(
+            lambda: "COMPLETED" in run("sacct", "-X", "-n", "-P", "-o", "State", "-j", job_id), "end of the job of the high partition"
+        )
 
     def requeue(self, job_id: str) -> None:
         """As an administrator, or SLURM after the failure of a node, would: no signal that the run could act upon is meant to matter."""
@@ -69,9 +71,10 @@ def slurm(**changed: Any) -> Slurm:
     """The launcher with options for a small CPU job on the emulated nodes."""
     options: dict[str, Any] = {
         "nodes": 2, "gpus_per_node": 0, "tasks_per_node": 2, "cpus_per_task": 1, "memory": "100M", "timeout_minutes": 60,
-        "signal_delay_seconds": 30, "max_requeues": 3, "partition": None, "account": None, "qos": None, "constraint": None, "exclude": None,
-        "comment": None, "array_parallelism": 2, "evaluation_nodes": 1, "evaluation_gpus_per_node": None, "evaluation_timeout_minutes": None,
-        "extra": [], "setup": [], "container_image": None, "container_runtime": "pyxis", "container_mounts": [], "python": None,
+        "signal_delay_seconds": 30, "max_requeues": 3, "partition": None, "account": None, "qos": None, "constraint": None,
+        "exclude": None, "comment": None, "array_parallelism": 2, "evaluation_nodes": 1, "evaluation_gpus_per_node": None,
+        "evaluation_timeout_minutes": None, "extra": [], "setup": [], "container_image": None, "container_runtime": "pyxis",
+        "container_mounts": [], "python": None,
     }  # fmt: skip
     return Slurm(**(options | changed))
 
@@ -79,7 +82,11 @@ def slurm(**changed: Any) -> Slurm:
 def job(function: str, folder: Path, *, root: Path = ROOT, **config: Any) -> Job:
     """One of tests/launchers/jobs.py."""
     return Job(
-        function=f"tests.launchers.jobs:{function}", config={"folder": str(folder), **config}, folder=str(folder), root=str(root), command=["run.py", "as=typed"]
+        function=f"tests.launchers.jobs:{function}",
+        config={"folder": str(folder), **config},
+        folder=str(folder),
+        root=str(root),
+        command=["run.py", "as=typed"],
     )
 
 

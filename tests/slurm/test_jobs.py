@@ -61,7 +61,9 @@ def test_a_job_at_its_time_limit_goes_on_until_it_may_not_any_more(cluster: Clus
     """Three minutes less 150 seconds of warning: the signal comes after about half a minute. The second time the job has to end."""
     folder = tmp_path / "run"
     slurm(timeout_minutes=3, signal_delay_seconds=150, max_requeues=1).launch(job("count", folder, steps=10_000, seconds=0.1))
-    cluster.nudge(wait_until(lambda: state(folder).entry.id if state(folder).detail == "BeginTime" else None, "the requeue at the time limit"))
+    cluster.nudge(
+        wait_until(lambda: state(folder).entry.id if state(folder).detail == "BeginTime" else None, "the requeue at the time limit")
+    )
     ended = wait_for_state(folder, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
     assert (ended.state, ended.restarts) == ("FAILED", 1)
     assert "put back into the queue 1 times already (launcher.max_requeues)" in str(ended.error)

@@ -18,7 +18,6 @@ from launchers.search import SearchOptions, search
 from launchers.space import Dimension
 from launchers.submission import Main
 
-ROOT = Path(__file__).parents[2]
 X = Dimension(name="x", low=0.0, high=1.0)
 
 
@@ -38,16 +37,23 @@ def options(**changes: Any) -> SearchOptions:
     return SearchOptions(**(given | changes))
 
 
-def maker(folder: Path, **more: Any) -> Callable[[int, dict[str, str]], Main]:
-    """Trials in `folder`; `more` has further entries of their config, or functions of the trial's number that make them."""
+Make = Callable[[int, dict[str, str]], Main]
 
-    def make(number: int, typed: dict[str, str]) -> Main:
-        name = f"{number:02d}"
-        config = {"folder": str(folder / name), "x": float(typed["x"]), "seconds": 0.01}
-        config |= {key: value(number) if callable(value) else value for key, value in more.items()}
-        return Main(name=name, job=Job(function="tests.sweeps.trials:train", config=config, folder=str(folder / name), root=str(ROOT)))
 
-    return make
+@pytest.fixture
+def maker(tmp_path, program) -> Callable[..., Make]:
+    """Makes trials in tmp_path, with further entries of their config, or functions of the trial's number that make these."""
+
+    def with_config(**more: Any) -> Make:
+        def make(number: int, typed: dict[str, str]) -> Main:
+            folder = tmp_path / f"{number:02d}"
+            config = {"folder": str(folder), "x": float(typed["x"]), "seconds": 0.01}
+            config |= {key: value(number) if callable(value) else value for key, value in more.items()}
+            return Main(name=folder.name, job=Job(function="run:train", config=config, folder=str(folder), root=str(program)))
+
+        return make
+
+    return with_config
 
 
 def lines(path: Path) -> list[Any]:
@@ -73,8 +79,8 @@ def quick_looks(monkeypatch):
     monkeypatch.setattr(search_module, "_SECONDS_BETWEEN_QUESTIONS", 0.2)
 
 
-def test_the_best_of_all_trials_is_found_and_written_down(tmp_path, capsys):
-    result = search(launcher=Local(parallel=2), folder=tmp_path, space=[X], make=maker(tmp_path), options=options(at_once=None))
+def test_the_best_of_all_trials_is_found_and_written_down(maker, tmp_path, capsys):
+    result = search(launcher=Local(parallel=2), folder=tmp_path, space=[X], make=maker(), options=options(at_once=None))
     assert [trial["state"] for trial in result["trials"]] == ["COMPLETE"] * 6
     values = [trial["value"] for trial in result["trials"]]
     assert values == sorted(values, reverse=True)
@@ -85,24 +91,29 @@ def test_the_best_of_all_trials_is_found_and_written_down(tmp_path, capsys):
     assert lines(tmp_path / "00" / "attempts.jsonl") == [0]
 
 
-def test_a_poor_trial_is_stopped_by_its_log(tmp_path, capsys):
-    hangs = maker(tmp_path, x=lambda number: 0.5 if number < 2 else 0.9, hangs_at=lambda number: None if number < 2 else 1)
-    result = search(
-        launcher=Local(parallel=1),
-        folder=tmp_path,
-        space=[X],
-        make=hangs,
-        options=options(trials=3, at_once=1, prune=True, prune_from_epoch=1),
-    )
+def test_what_does_not_go_together_is_one_line(maker, tmp_path):
+    """A folder of another search, and a metric that no run has."""
+    quick = {"launcher": Local(parallel=1), "folder": tmp_path, "make": maker()}
+    search(space=[X], options=options(trials=1), **quick)
+    with pytest.raises(SystemExit, match=r"another search \(x differ\)"):
+        search(space=[Dimension(name="x", low=0.0, high=2.0)], options=options(trials=1), **quick)
+    with pytest.raises(SystemExit, match="search.metric: 'knn/top1' is not in .*01/metrics.json; there are knn/teacher"):
+        search(space=[X], options=options(trials=2, metric="knn/top1"), **quick)
+
+
+def test_a_poor_trial_is_stopped_by_its_log(maker, tmp_path, capsys):
+    make = maker(x=lambda number: 0.5 if number < 2 else 0.9, hangs_at=lambda number: None if number < 2 else 1)
+    given = options(trials=3, at_once=1, prune=True, prune_from_epoch=1)
+    result = search(launcher=Local(parallel=1), folder=tmp_path, space=[X], make=make, options=given)
     (stopped,) = (trial for trial in result["trials"] if trial["state"] == "PRUNED")
     assert (stopped["name"], stopped["last_epoch"], stopped["value"]) == ("02", 1, None)
     assert "02: worse than the median, stopped" in capsys.readouterr().out
 
 
-def test_a_search_goes_on_after_its_process_was_killed(tmp_path):
+def test_a_search_goes_on_after_its_process_was_killed(maker, tmp_path):
     """The first trial ends, the second hangs when the process is killed, and ends after its last checkpoint, as trial 1."""
     arguments = {"launcher": Local(parallel=1), "folder": tmp_path, "space": [X], "options": options(trials=3, at_once=1)}
-    make = maker(tmp_path, hangs_at=lambda number: 2 if number == 1 else None)
+    make = maker(hangs_at=lambda number: 2 if number == 1 else None)
     parent = os.fork()
     if parent == 0:
         try:
@@ -122,8 +133,8 @@ def test_a_search_goes_on_after_its_process_was_killed(tmp_path):
     assert again == result
 
 
-def test_a_signal_ends_trials_at_their_checkpoints_and_leaves_them_to_the_next_process(tmp_path):
-    make = maker(tmp_path, hangs_at=1)
+def test_a_signal_ends_trials_at_their_checkpoints_and_leaves_them_to_the_next_process(maker, tmp_path):
+    make = maker(hangs_at=1)
     parent = os.fork()
     if parent == 0:
         code = 1
@@ -136,16 +147,16 @@ def test_a_signal_ends_trials_at_their_checkpoints_and_leaves_them_to_the_next_p
     wait_for(lambda: all(checkpoint(tmp_path / name) == 2 for name in ("00", "01")))
     os.kill(parent, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 128 + signal.SIGTERM
-    result = search(launcher=Local(parallel=2), folder=tmp_path, space=[X], make=maker(tmp_path), options=options(trials=2))
+    result = search(launcher=Local(parallel=2), folder=tmp_path, space=[X], make=maker(), options=options(trials=2))
     assert [trial["state"] for trial in result["trials"]] == ["COMPLETE", "COMPLETE"]
     assert lines(tmp_path / "00" / "attempts.jsonl") == [0, 2]
 
 
-def test_failures_are_told_and_three_in_a_row_end_the_search(tmp_path, capsys):
+def test_failures_are_told_and_three_in_a_row_end_the_search(maker, tmp_path, capsys):
     def make(number: int, typed: dict[str, str]) -> Main:
         if number == 1:
             raise ValueError("01: schedule.warmup_epochs: a warm-up is longer than the training; use at most 2")
-        return maker(tmp_path, fails=number > 2)(number, typed)
+        return maker(fails=number > 2)(number, typed)
 
     with pytest.raises(SystemExit, match="3 runs in a row failed"):
         search(launcher=Local(parallel=1), folder=tmp_path, space=[X], make=make, options=options(trials=9, at_once=1))
@@ -155,22 +166,10 @@ def test_failures_are_told_and_three_in_a_row_end_the_search(tmp_path, capsys):
     assert "a warm-up is longer" in err and "03: failed: error: optimizer.learning_rate: too high; lower it" in err
 
 
-def test_a_metric_that_no_run_has_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="search.metric: 'knn/top1' is not in .*00/metrics.json; there are knn/teacher"):
-        search(launcher=Local(parallel=1), folder=tmp_path, space=[X], make=maker(tmp_path), options=options(metric="knn/top1", at_once=1))
-
-
-def test_a_folder_of_another_search_is_refused(tmp_path):
-    quick = {"launcher": Local(parallel=1), "folder": tmp_path, "make": maker(tmp_path)}
-    search(space=[X], options=options(trials=1), **quick)
-    with pytest.raises(SystemExit, match=r"another search \(x differ\)"):
-        search(space=[Dimension(name="x", low=0.0, high=2.0)], options=options(trials=1), **quick)
-
-
-def test_trials_on_a_scheduler_outlive_the_search(tmp_path):
+def test_trials_on_a_scheduler_outlive_the_search(maker, tmp_path):
     """`launcher=command` stands for one: the killed search finds one trial ended and one still at work."""
     launcher = Command(template="setsid {command} >/dev/null 2>&1 & echo $!", cancel="kill {id}", processes=1, grace_seconds=5, python=None)
-    make = maker(tmp_path, hangs_at=lambda number: 1 if number == 0 else None)
+    make = maker(hangs_at=lambda number: 1 if number == 0 else None)
     arguments = {"launcher": launcher, "folder": tmp_path, "space": [X], "options": options(trials=2), "make": make}
     parent = os.fork()
     if parent == 0:

@@ -11,9 +11,10 @@ EPOCHS = 4
 
 
 def train(config: dict) -> None:
-    """Four epochs; the accuracy is best at x=0.5 and grows with the epochs. Ends on SIGTERM after the epoch at hand, and goes on from there.
+    """Four epochs; the accuracy is best at x=0.5 and grows with the epochs. Ends on SIGTERM after the epoch at hand, to go on from there.
 
-    config: x, seconds of an epoch, and where to go wrong ("fails", "hangs_at": an epoch that never ends)
+    config: x, seconds of an epoch, the run's options ("config", for its config.yaml), and where to go wrong ("fails", "hangs_at": an epoch
+    that never ends)
     """
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
@@ -21,6 +22,8 @@ def train(config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.get("fails"):
         sys.exit("error: optimizer.learning_rate: too high; lower it")
+    if "config" in config:
+        (folder / "config.yaml").write_text(json.dumps(config["config"]))
     state = folder / "state.json"
     first = json.loads(state.read_text()) if state.exists() else 0
     append(folder / "attempts.jsonl", first)

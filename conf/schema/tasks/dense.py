@@ -41,7 +41,7 @@ class Segmentation:
     neighbours: int = 20  # k of the k-NN classifier
     temperature: float = 0.07  # of the neighbours' votes
     penalty: float = 1e-4  # of the linear classifier's squared weights
-    iterations: int = 200  # at most so many steps of L-BFGS
+    iterations: int = 1000  # at most so many steps of L-BFGS; fewer if it converges
     pictures: int = 8  # validation images whose masks are drawn; 0 draws nothing
     frozen: Frozen = field(default_factory=Frozen)
     data: Any = "${data}"
