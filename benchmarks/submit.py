@@ -110,9 +110,9 @@ def submit(scratch: Path, name: str, *extra: str, store: str | None) -> float:
 def imported(scratch: Path) -> list[str]:
     """The heavy packages that a submission has imported."""
     command = [sys.executable, "-c", _WITHOUT_HEAVY.replace("{heavy}", repr(set(HEAVY))), str(ROOT / "run.py")]
-    done = subprocess.run(
-        [*command, *arguments_of(scratch, "imports", store="new")], cwd=scratch, capture_output=True, text=True, check=True
-    )
+    command += arguments_of(scratch, "imports", store="new")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=True)
     subprocess.run([sys.executable, "-m", "launchers", "cancel", str(scratch / "imports")], cwd=ROOT, check=True, capture_output=True)
     return next(line for line in done.stdout.splitlines() if line.startswith("heavy:")).split()[1:]
 

@@ -85,16 +85,17 @@ def test_a_typed_value_narrows_a_recipe_and_evaluations_come_along():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_says_what_it_is_and_composes(recipe, tmp_path):
+def test_a_recipe_says_what_it_is_and_its_first_and_last_child_compose(recipe):
     head = (ROOT / "sweeps" / f"{recipe}.yaml").read_text()
     for title in ("Command", "Varies", "Cost", "Expect"):
         assert re.search(rf"^# {title}", head, re.MULTILINE), title
     assert f"+sweeps={recipe}" in head
     with open_sweep([f"+sweeps={recipe}", *DATA]) as sweep:
-        if sweep.search is None:
-            assert len({child.name for child in sweep.children()}) > 1
-        else:
-            assert sweep.child(0, {each.name: each.first() for each in sweep.space()}).options["task"]["online_knn"]["every_epochs"] > 0
+        first = sweep.child(0, {each.name: each.first() for each in sweep.space()})
+        last = sweep.child(1, {each.name: each.choices[-1] if each.choices else str(each.high) for each in sweep.space()})
+        assert first.options != last.options
+        if sweep.search is not None:
+            assert first.options["task"]["online_knn"]["every_epochs"] > 0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_recipe_says_what_it_is_and_composes(recipe, tmp_path):
         (["optimizer.learning_rate=tag(log,interval(0,1))", "search.trials=3"], "has no logarithm"),
         (["seed=1,2", "--cfg", "job"], "-m: cannot go together with --cfg"),
         (["seed=1,2", "output_dir=out_${seed}"], "output_dir: .* refers to other options"),
-        (["seed=1,2", "backbone.dim=x,96"], "00_seed=1_dim=x: backbone.dim: Value 'x'"),
+        (["seed=1,2", "backbone.dim=96,x"], "01_seed=1_dim=x: backbone.dim: Value 'x'"),
         (["seed=1,2", "then=[zoom]"], "00_seed=1: then: 'zoom' is no evaluation"),
     ],
 )
