@@ -16,10 +16,10 @@ def expand(arguments: list[str], *, planned: Mapping[str, dict[str, Any]] | None
 
     Raises OptionError for an `of` that holds no run.
     """
-    return take_over(_with_task(arguments), planned or {})
+    return take_over(with_task(arguments), planned or {})
 
 
-def _with_task(arguments: list[str]) -> list[str]:
+def with_task(arguments: list[str]) -> list[str]:
     """`task.` before every option that belongs to the task and to nothing else."""
     choices = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
     schema = tasks.SCHEMAS.get(("task", choices[-1] if choices else "pretrain"))

@@ -31,6 +31,7 @@ from launchers.space import Dimension
 
 _FLAGS = ("-m", "--multirun")
 _RECIPE = re.compile(r"\+{0,2}sweeps=(?P<name>.*)")
+_HAVE_RECIPES = ("sweeps", "experiment", "task")  # groups whose files may say what varies
 _LONGEST_NAME = 80
 
 
@@ -139,12 +140,8 @@ def open_sweep(arguments: list[str]) -> Iterator[Sweep]:
     with opened() as composer:
         typed = composer.parse(words)
         _check_values(typed)
-        files = [word for word, override in zip(words, typed, strict=True) if _chooses_files(override)]
-        composer.compose(files)
-        hydra_node = HydraConfig.get()
-        recipe = composer.parse([f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()])
-        by_key = {_key(override): override for override in [*recipe, *typed]}
-        by_key.setdefault("task", *composer.parse([f"task={hydra_node.runtime.choices['task']}"]))
+        words = shorthand.with_task([*_recipe_words(composer, typed), *words])
+        by_key = {_key(override): override for override in composer.parse(words)}
         varying = [override for override in by_key.values() if override.is_sweep_override()]
         fixed = [override.input_line or "" for override in by_key.values() if not override.is_sweep_override()]
         if not varying:
@@ -154,15 +151,19 @@ def open_sweep(arguments: list[str]) -> Iterator[Sweep]:
         search: Any = OmegaConf.to_container(config.search, enum_to_str=True) if config.search.trials else None
         if search is None:
             _refuse_intervals(varying)
-        name = _recipe(words) or str(hydra_node.runtime.choices["task"])
+        name = _recipe(words) or str(HydraConfig.get().runtime.choices["task"])
         folder, fixed = _folder(fixed, config, name)
         yield Sweep(folder=folder, name=name, search=search, fixed=fixed, varying=varying, composer=composer)
 
 
-def _chooses_files(override: Override) -> bool:
-    """Whether a word may bring in a file that says what varies."""
-    name = override.key_or_group
-    return not override.is_sweep_override() and (override.is_hydra_override() or name in ("sweeps", "experiment", "task"))
+def _recipe_words(composer: Composer, typed: list[Override]) -> list[str]:
+    """What the typed recipe, or experiment, has vary, and its task, which decides how other words are read."""
+    files = [each for each in typed if not each.is_sweep_override() and (each.is_hydra_override() or each.key_or_group in _HAVE_RECIPES)]
+    if not files:
+        return []
+    composer.compose([each.input_line or "" for each in files])
+    node = HydraConfig.get()
+    return [f"task={node.runtime.choices['task']}"] + [f"{key}={value}" for key, value in (node.sweeper.params or {}).items()]
 
 
 def _folder(fixed: list[str], config: DictConfig, name: str) -> tuple[Path, list[str]]:

@@ -5,11 +5,13 @@ and the tracking store a run that is the parent of all children.
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -47,15 +49,15 @@ def launch(arguments: list[str], program: Program) -> None:
 
 def _launch_all(sweep: Sweep, children: list[Child], program: Program) -> None:
     launcher = _common_launcher(children)
-    admitted = [_Admitted.of(child, program) for child in children]
-    unfinished = [each for each in admitted if each is not None]
     description = _Description(sweep, children)
     description.check()
+    admitted = [_Admitted.of(child, program) for child in children]
+    unfinished = [each for each in admitted if each is not None]
     if not unfinished:
         return print(f"all {len(children)} runs of {sweep.folder} have finished; nothing to do")
     description.write()
     parent = _Parent(sweep, children[0].options, program)
-    mains = [each.main(program, parent.id) for each in unfinished]
+    mains = [each.main(program, parent.id, sweep.folder) for each in unfinished]
     with parent.ended():
         for group in _of_equal_length(mains):
             program.build(launcher).launch_array(
@@ -81,11 +83,14 @@ class _Admitted:
         left = [options for options in admitted if options is not None]
         return cls(child, left) if left else None
 
-    def main(self, program: Program, parent: str | None) -> Main:
+    def main(self, program: Program, parent: str | None, folder: Path) -> Main:
+        """folder  the sweep's"""
         if parent is not None:
             for node in (self.child.options, self.child.options["chosen"]):
                 node["tracking"]["tags"][_PARENT_TAG] = parent
         jobs = [program.job(options) for options in self.options]
+        if not self.child.options["has_run_folder"]:  # it writes where it was told to; what becomes of the job is noted here
+            jobs = [dataclasses.replace(jobs[0], folder=str(folder / self.child.name))]
         trains = self.options[0]["output_dir"] == self.child.options["output_dir"]
         saved = program.job(self.child.teachers) if trains and self.child.teachers is not None else None
         return Main(name=self.child.name, job=jobs[0], then=jobs[1:], saved=saved)
@@ -153,7 +158,7 @@ class _Parent:
         self.sweep = sweep
         self.id: str | None = None
         self.tracking = None
-        if "run_name" in options["tracking"]:
+        if "run_name" in options["tracking"] and options["has_run_folder"]:
             own = {"run_name": f"{sweep.name} ({sweep.folder.name})", "tags": {"sweep": sweep.folder.name}, "host": None}
             self.tracking = program.build(options["tracking"] | own)
             created = self.tracking.create(run_folder=sweep.folder, config=self._config())
@@ -202,7 +207,7 @@ def _search(sweep: Sweep, search: dict[str, Any], program: Program) -> None:
         if admitted is None:
             raise ValueError(f"{child.name}: has finished already")
         _Description(sweep, [child]).write()
-        return admitted.main(program, parent.id)
+        return admitted.main(program, parent.id, sweep.folder)
 
     launcher = program.build(first.options["launcher"])
     with parent.ended(RESULT_NAME):

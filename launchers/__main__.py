@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def _status(folder: Path, arguments: argparse.Namespace) -> None:
     found = status.states(folder)
     if not found:
-        return print(status.of_folder(folder))
+        return print(status.of_folder(folder) or _fail(f"{folder}: no run; give a run folder or a sweep folder"))
     print("\n".join(status.table(found)))
     if len(found) > 2:
         print(status.summary(found))
@@ -144,7 +144,7 @@ def _evaluate(folder: Path, arguments: argparse.Namespace) -> None:
 def _selected(folder: Path) -> Selection:
     selection = submission.find(folder)
     if selection is None:
-        _fail(f"{folder}: no jobs were submitted for it ({status.of_folder(folder)}); give a run folder or a sweep folder with a jobs.json")
+        _fail(f"{folder}: no jobs were submitted for it ({status.of_folder(folder) or 'no run'}); give a folder with a jobs.json")
     return selection
 
 

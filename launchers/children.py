@@ -3,6 +3,7 @@
 A child that fails stops no other. The children end with this process, however it ends.
 """
 
+import datetime
 import os
 import signal
 import subprocess
@@ -181,5 +182,5 @@ def renew(entry: Entry, file: JobsFile) -> None:
     """A new id for a job that no scheduler names; its main job's log is its own too."""
     if entry.id is not None and entry.id not in entry.earlier:
         entry.earlier.append(entry.id)
-    entry.id = f"{os.getpid()}.{int(time.time() * 1000)}"
+    entry.id = datetime.datetime.now().isoformat(sep="_", timespec="milliseconds")
     entry.log = str(file.launch_folder / f"{entry.of or entry.name}.log")

@@ -58,6 +58,7 @@ class Gpus:
 
     def _run(self, job: Job) -> None:
         count = self.gpus_each()
+        shutil.rmtree(Path(job.folder) / "errors", ignore_errors=True)  # of an earlier attempt
         with tempfile.TemporaryDirectory() as scratch:
             port = _free_port()
             job.write(Path(scratch) / "job.json")
@@ -108,9 +109,8 @@ def _wait(ranks: list[subprocess.Popen], grace_seconds: float) -> int:
 def _tell_failures(scratch: Path, folder: Path) -> None:
     """Each distinct message once; the whole texts go into the run folder, if the run got as far as to have one."""
     texts = sorted(scratch.glob("rank_*.txt"))
-    shutil.rmtree(folder / "errors", ignore_errors=True)  # of an earlier attempt
     if texts and folder.exists():
-        (folder / "errors").mkdir()
+        (folder / "errors").mkdir(exist_ok=True)  # a rank may have left a report of its own there
         for text in texts:
             shutil.copy(text, folder / "errors")
     for message in dict.fromkeys(text.read_text().strip().splitlines()[-1] for text in texts):

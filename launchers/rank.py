@@ -165,7 +165,7 @@ class SavedTeachers:
         problem = "there is no sbatch on this node" if shutil.which("sbatch") is None else None
         if problem is None:
             # Signals for the job go to all of its processes.
-            command = ["bash", "-c", 'trap "" USR2 TERM; exec "$@"', "bash", *self._command]
+            command = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh", *self._command]
             done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
             if done.returncode == 0:
                 return True
@@ -192,6 +192,8 @@ def rank_variables(environment: submitit.JobEnvironment) -> dict[str, str]:
 def _call(job: Job, rank: int) -> int:
     """Run the job; what it failed with is in its folder's errors/, and in this rank's log."""
     failure = _failure_file(job, rank)
+    for path in failure.parent.glob(f"*rank_{rank}.txt"):  # of an earlier attempt
+        path.unlink()
     code = call_and_keep_failure(job, failure)
     if failure.exists():
         print(failure.read_text(), file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ Make = Callable[[int, dict[str, str]], Main]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """The options of `search`; they are explained in conf/schema/root.py."""
+    """The options of `search`; they are explained in conf/schema/sweeps.py."""
 
     trials: int
     metric: str

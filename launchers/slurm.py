@@ -27,7 +27,7 @@ from launchers.submission import RUN, Entry, JobsFile, Main, Submission
 _SECONDS_TO_START = 30  # of a job, at least, before it is told that its time limit draws near
 # Signals that arrive while Python starts would kill it. Ignored ones are lost: SLURM requeues a preempted job itself, and none is at its
 # time limit when it starts.
-_PYTHON_SAFE_FROM_SIGNALS = 'bash -c \'trap "" USR2 TERM; exec "$@"\' bash'
+_PYTHON_SAFE_FROM_SIGNALS = """sh -c 'trap "" USR2 TERM; exec "$@"' sh"""
 
 
 @dataclass(kw_only=True)
@@ -66,8 +66,7 @@ class Slurm:
         self.check()
         refuse_active(job.folder, [RUN])
         file = submission.prepare(job.folder, [Main(name=RUN, job=job, then=then, saved=saved)], launcher=submission.options_of(self))
-        self.submit(file, [RUN])
-        self._tell(file, [RUN])
+        self._submit_new(file, [RUN])
 
     def launch_array(
         self,
@@ -83,7 +82,17 @@ class Slurm:
         mains = submission.children(jobs, names, then, saved)
         refuse_active(folder, names)
         file = submission.prepare(folder, mains, launcher=submission.options_of(self))
-        self.submit(file, names)
+        self._submit_new(file, names)
+
+    def _submit_new(self, file: JobsFile, names: Sequence[str]) -> None:
+        """Submit what was just prepared, and say so; a snapshot that no job got goes again."""
+        try:
+            self.submit(file, names)
+        except SystemExit:
+            content = file.read()
+            if all(content.entry(name).id is None for name in names):
+                shutil.rmtree(content.code)
+            raise
         self._tell(file, names)
 
     def submit(self, file: JobsFile, names: Sequence[str]) -> None:

@@ -74,13 +74,16 @@ def states(folder: str | Path) -> list[JobStatus]:
     return [_status(selection.file, entry, found[entry.name]) for entry in entries]
 
 
-def of_folder(folder: Path) -> str:
-    """One line about a run that was started without a submission."""
+def of_folder(folder: Path) -> str | None:
+    """One line about a run that was started without a submission; None if there is none."""
     if not (folder / "config.yaml").exists():
-        return "no run"
+        return None
     record = _last_record(folder)
     how_far = "no step logged yet" if record is None else _describe(record)
-    return f"finished, {how_far}" if (folder / "metrics.json").exists() else f"not finished, {how_far}"
+    if (folder / "metrics.json").exists():
+        return f"finished, {how_far}"
+    error = _error(folder, None)
+    return f"not finished, {how_far}" + (f", {error}" if error else "")
 
 
 def table(found: Sequence[JobStatus]) -> list[str]:
@@ -167,14 +170,18 @@ def log_file(entry: Entry, rank: int) -> Path | None:
 
 
 def _error(folder: Path, since: float | None) -> str | None:
-    """The last line of the oldest file in errors/, of the attempt that began at `since`."""
+    """What the first rank to fail said, of the attempt that began at `since`.
+
+    A traceback says it in its last line, the report of a stall in its first.
+    """
     found = [(path.stat().st_mtime, path) for path in folder.glob("errors/*.txt")]
     recent = sorted((time, path) for time, path in found if since is None or time >= since - 1)
     if not recent:
         return None
     first = recent[0][1]
     others = f", {len(recent) - 1} more in {first.parent}" if len(recent) > 1 else ""
-    return f"{_last_line(first) or 'empty'} ({first}{others})"
+    said = _lines(first)[0 if first.name.startswith("stall_") else -1 :][:1]
+    return f"{said[0] if said else 'empty'} ({first}{others})"
 
 
 def _remarks(status: JobStatus) -> str:
@@ -205,8 +212,12 @@ def _last_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _last_line(path: Path | None) -> str | None:
-    lines = [line for line in _tail(path).splitlines() if line.strip()] if path is not None else []
-    return lines[-1].strip()[:300] if lines else None
+    lines = _lines(path) if path is not None else []
+    return lines[-1] if lines else None
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip()[:300] for line in _tail(path).splitlines() if line.strip()]
 
 
 def _tail(path: Path) -> str:

@@ -25,7 +25,7 @@ from esvit.comparison.drawing import (
     text_width,
     tick_text,
 )
-from esvit.comparison.groups import Group, Summary, pareto_front
+from esvit.comparison.groups import Group, Summary, pareto_front, telling_options
 from esvit.comparison.runs import Run
 
 _POINTS = 160  # of a curve at most
@@ -201,16 +201,26 @@ def parallel(groups: Sequence[Group], colors: Sequence[str], columns: Sequence[C
     for number, (left, axis) in enumerate(zip(lefts, drawn, strict=True)):
         parts.append(line(left, top - 8, left, bottom + 8, "axis"))
         room = int(gap / 7) if gap else 60
-        parts.append(text(left, 18 if number % 2 == 0 else 32, _shortened(axis.title, 2 * room), kind="title"))
+        parts.append(_axis_title(axis.title, left, room, number, is_last=number == len(drawn) - 1))
         parts += [text(left + 6, y + 4, _shortened(words, room - 2), anchor="start", kind="tick halo") for y, words in axis.marks]
         if any(place is None for place in axis.places):
             parts.append(text(left + 6, absent + 4, "none", anchor="start", kind="tick halo"))
     return picture(1000, 356, parts, title="Parallel coordinates of options and results")
 
 
+def _axis_title(title: str, left: float, room: int, number: int, *, is_last: bool) -> str:
+    """Titles of neighbours at different heights, those at the sides within the picture."""
+    height = 18 if number % 2 == 0 else 32
+    if number == 0:
+        return text(left - 50, height, _shortened(title, 2 * room), anchor="start", kind="title")
+    if is_last:
+        return text(left + 70, height, _shortened(title, 2 * room), anchor="end", kind="title")
+    return text(left, height, _shortened(title, 2 * room), kind="title")
+
+
 def _most_telling(groups: Sequence[Group]) -> list[str]:
     """The options with the most different values, in their own order."""
-    options = list(groups[0].options) if groups else []
+    options = telling_options(groups)
     counts = {name: len({repr(group.options[name]) for group in groups}) for name in options}
     kept = sorted(options, key=lambda name: -counts[name])[:_OPTION_AXES]
     return [name for name in options if name in kept]
@@ -240,7 +250,7 @@ def _metric_axis(groups: Sequence[Group], column: Column, bottom: float, top: fl
         return None
     start, stop = (top, bottom) if column.lower_is_better else (bottom, top)
     scale = fitted(present, start, stop, margin=0)
-    marks = sorted({min(present), max(present), *scale.ticks(4)[1:-1]})
+    marks = sorted({min(present), max(present), *scale.ticks(4)})
     written = [
         (scale(value), f"{value:.4g}") for value in marks if value in (min(present), max(present)) or _is_free(scale, value, present)
     ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e8ec"
 _PALETTE = ("#1f6fb2", "#d9772b", "#2e9467", "#8a5cb8", "#c2445a", "#7a6a3a", "#2a9db0", "#d46a9f")
 _STRONG, _PALE = (20, 74, 128), (190, 205, 220)  # ends of the row of colours for more groups than the palette has
-_LOG_FROM = 30.0  # ratio of the largest to the smallest value from which an axis of options is logarithmic
+_LOG_FROM = 9.0  # ratio of the largest to the smallest value from which an axis of options is logarithmic
 _CHARACTER = 0.56  # mean width of a character, in font sizes
 
 

@@ -35,6 +35,7 @@ _OURS, _PUBLISHED, _OTHERS = "#d9772b", "#1f6fb2", "#9aa7b4"
 _OUR_METHOD = "EsViT"  # of the published rows: the paper's own
 _AREA = 2.0  # square points for each million parameters
 _SMALLEST_AREA = 28.0
+_LEAST_SPREAD = 4.0  # percentage points from bottom to top at least, so that small differences look small
 _SIZES = (25e6, 100e6, 400e6)  # parameters of the circles in the legend
 _DPI = 160
 
@@ -262,8 +263,8 @@ def _fit(axes: Axes, dots: Sequence[Dot]) -> None:
     axes.set_xscale("log")
     middle, reach = math.sqrt(min(speeds) * max(speeds)), max(math.sqrt(max(speeds) / min(speeds)) ** 1.32, 2.4)
     axes.set_xlim(middle / reach, middle * reach)
-    spread = max(max(accuracies) - min(accuracies), 1.0)
-    axes.set_ylim(min(accuracies) - 0.14 * spread, max(accuracies) + 0.14 * spread)
+    center, half = (max(accuracies) + min(accuracies)) / 2, max(max(accuracies) - min(accuracies), _LEAST_SPREAD) / 2
+    axes.set_ylim(center - 1.28 * half, center + 1.28 * half)
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(round(value, 6))))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -108,6 +108,15 @@ def _without_seed(name: str) -> str:
     return re.sub(r"[-_, ]*(?:seed|(?<=[-_, ])s)[-_= ]?\d+$", "", name) or name
 
 
+def telling_options(groups: Sequence[Group]) -> list[str]:
+    """The options that differ between groups, without those that tell the same groups apart as one before them."""
+    telling: dict[tuple[int, ...], str] = {}
+    for name in groups[0].options if groups else ():
+        values = [repr(group.options[name]) for group in groups]
+        telling.setdefault(tuple(map(values.index, values)), name)
+    return list(telling.values())
+
+
 def ranked(groups: Sequence[Group], column: Column | None) -> list[Group]:
     """Best first; without a finished run, and without a value, last."""
 

@@ -14,12 +14,13 @@ from esvit.comparison.columns import Column
 from esvit.comparison.comparison import Comparison, protocol_lines
 from esvit.comparison.differences import ABSENT, short_names, text_of
 from esvit.comparison.drawing import colors
-from esvit.comparison.groups import Group, Summary, winners
+from esvit.comparison.groups import Group, Summary, telling_options, winners
 from esvit.comparison.runs import Run
 from esvit.evaluation.page import number, section, write_page
 
 _CURVES = 8
 _OPTION_COLUMNS = 6
+_OPTION_LENGTH = 24  # characters of an option's value in the table of results
 _METRIC_COLUMNS = 8
 _LEGEND = 8  # groups that have colours of their own
 _OPEN_RUNS = 12  # with more, the table of single runs is folded away
@@ -72,7 +73,8 @@ def measured(summary: Summary | None, *, among: int | None = None) -> str:
 
 def _results(comparison: Comparison, tints: Sequence[str]) -> str:
     shown = comparison.columns[:_METRIC_COLUMNS]
-    names = comparison.options[:_OPTION_COLUMNS]
+    telling = telling_options(comparison.groups)
+    names = telling[:_OPTION_COLUMNS]
     short = short_names(names)
     best = {column.title: winners(comparison.groups, column) for column in shown}
     head = "".join(
@@ -80,18 +82,19 @@ def _results(comparison: Comparison, tints: Sequence[str]) -> str:
     )
     rows = []
     for place, (group, tint) in enumerate(zip(comparison.groups, tints, strict=True)):
-        name = group.label if group.is_named or len(comparison.options) > len(names) else str(place + 1)
+        name = group.label if group.is_named or len(telling) > len(names) else str(place + 1)
         cells = "".join(_option_cell(group.options[name]) for name in names)
         cells += _count_cell(group)
         cells += "".join(_result_cell(group, column, is_best=place in best[column.title]) for column in shown)
         rows.append(f'<tr data-g="{place}"><th scope="row">{_dot(tint)}{html.escape(name)}</th>{cells}</tr>')
     more = [f"{len(comparison.columns) - len(shown)} more metrics"] if len(comparison.columns) > len(shown) else []
-    more += [f"{len(comparison.options) - len(names)} more options"] if len(comparison.options) > len(names) else []
+    more += [f"{len(telling) - len(names)} more options"] if len(telling) > len(names) else []
     rest = f" {' and '.join(more)} are in runs.csv and groups.csv." if more else ""
     caption = (
         "Mean of the final values over a group's finished runs, ± standard deviation of a sample. Below it in grey, where it is another: "
         "the mean of each run's best value on the way, which is what a checkpoint picked afterwards would have had, and flatters. "
-        f"Bold: the best mean of a column. A click on a column's title sorts.{rest}"
+        "Bold: the best mean of a column. Of options that tell the same groups apart only the first has a column. A click on a column's "
+        f"title sorts.{rest}"
     )
     return f'<div class="card">{_table(head, rows)}<p class="caption">{caption}</p></div>'
 
@@ -103,7 +106,7 @@ def _table(head: str, rows: Sequence[str]) -> str:
 
 def _head(column: Column) -> str:
     arrow = "↓" if column.lower_is_better else "↑"
-    variant = f'<br><span class="variant">{html.escape(column.variant)}</span>' if column.variant else ""
+    variant = "".join(f'<br><span class="variant">{html.escape(part)}</span>' for part in column.variant.split(", ") if part)
     apart = f' <span title="does not compare: {html.escape(", ".join(column.apart), quote=True)}">⚠</span>' if column.apart else ""
     return f'<th class="number">{html.escape(column.metric)} {arrow}{apart}{variant}</th>'
 
@@ -111,7 +114,10 @@ def _head(column: Column) -> str:
 def _option_cell(value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     order = f' data-v="{value!r}"' if is_number else ""
-    return f"<td{order}{' class=muted' if value is ABSENT else ''}>{html.escape(text_of(value))}</td>"
+    text = text_of(value)
+    if len(text) > _OPTION_LENGTH:  # paths: their ends differ
+        return f'<td title="{html.escape(text, quote=True)}">…{html.escape(text[1 - _OPTION_LENGTH :])}</td>'
+    return f"<td{order}{' class=muted' if value is ABSENT else ''}>{html.escape(text)}</td>"
 
 
 def _count_cell(group: Group) -> str:
@@ -265,6 +271,7 @@ def _protocols(comparison: Comparison) -> str:
 _STYLE = """
 .page { max-width: 1180px; }
 .card { min-width: 0; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 .tall { max-height: 620px; overflow: auto; }
 .tall thead th { position: sticky; top: 0; background: white; box-shadow: 0 1px 0 var(--line); vertical-align: bottom; z-index: 1; }
 .sorts th[scope=row] { white-space: nowrap; max-width: 340px; overflow: hidden; text-overflow: ellipsis; }

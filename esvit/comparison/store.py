@@ -67,9 +67,8 @@ def _read(client: "MlflowClient", uri: str, stored: "list[StoredRun]", *, wanted
     ids = {folder.absolute(): run_id for run_id, folder in here.items()}
     # A run's folder may name the store by another address, of which this one is a copy.
     gathered.runs = [replace(run, uri=uri, run_id=ids[run.folder]) if run.folder in ids else run for run in gathered.runs]
-    elsewhere = {
-        run.info.run_id: run for run in stored if run.info.run_id not in here and run.data.params
-    }  # a sweep's parent has no params
+    # A run without params only holds others together.
+    elsewhere = {run.info.run_id: run for run in stored if run.info.run_id not in here and run.data.params}
     evaluations: dict[str, list[StoredRun]] = {}
     for run in elsewhere.values():
         if _is_evaluation(run) and run.data.tags.get(_PARENT) in elsewhere:

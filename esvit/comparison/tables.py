@@ -10,7 +10,7 @@ from esvit.comparison.columns import Column
 from esvit.comparison.comparison import Comparison
 from esvit.comparison.differences import ABSENT, short_names
 from esvit.comparison.differences import text_of as option_text
-from esvit.comparison.groups import Group, Summary, winners
+from esvit.comparison.groups import Group, Summary, telling_options, winners
 from esvit.comparison.page import measured
 
 _LEGEND = "Mean ± standard deviation of a sample over n finished runs that differ in their seed only. Bold: the best of the column."
@@ -33,7 +33,8 @@ def _differs(group: Group, column: Column) -> bool:
 
 
 def _table(comparison: Comparison, *, best: bool) -> str:
-    names = comparison.options if len(comparison.options) <= _OPTION_COLUMNS else []
+    telling = telling_options(comparison.groups)
+    names = telling if len(telling) <= _OPTION_COLUMNS else []
     short = short_names(names)
     bold = {column.title: winners(comparison.groups, column, best=best) for column in comparison.columns}
     arrows = {True: "↓", False: "↑"}

@@ -113,7 +113,7 @@ class Throughput:
             "task": "throughput",
             "machine": machine(runtime.device),
             "precision": runtime.precision,
-            "threads": runtime.threads,
+            "threads": runtime.threads if runtime.device.type == "cpu" else None,
             "deterministic": runtime.deterministic,
             "batch_size": self.batch_size,
             "image_size": self.image_size,

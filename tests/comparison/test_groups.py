@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from esvit.comparison.columns import columns
-from esvit.comparison.groups import grouped, pareto_front, ranked, winners
+from esvit.comparison.groups import grouped, pareto_front, ranked, telling_options, winners
 from esvit.comparison.runs import Run
 from tests.comparison.folders import run
 
@@ -54,6 +54,13 @@ def test_a_value_that_is_not_finite_shows_in_the_mean():
     runs = three_seeds([70.0, math.nan])
     summary = grouped(runs)[0].summary(column_of(runs))
     assert summary is not None and math.isnan(summary.mean)
+
+
+def test_options_that_tell_the_same_groups_apart_are_told_once():
+    choices = [("leaves", 5, 0.1), ("leaves", 5, 0.2), ("stones", 3, 0.1)]
+    runs = [run("r", {}, data__root=root, epochs=epochs, optimizer__learning_rate=rate) for root, epochs, rate in choices]
+    assert set(grouped(runs)[0].options) == {"data.root", "epochs", "optimizer.learning_rate"}
+    assert telling_options(grouped(runs)) == ["optimizer.learning_rate", "data.root"]
 
 
 def test_groups_are_ranked_with_unfinished_ones_and_those_without_a_value_last():

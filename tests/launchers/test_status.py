@@ -102,11 +102,15 @@ def test_tasks_of_an_array_that_never_started_are_told_apart(slurm):
 
 
 def test_a_run_without_a_submission_is_known_by_its_files(tmp_path):
-    assert of_folder(tmp_path) == "no run"
+    assert of_folder(tmp_path) is None
     (tmp_path / "config.yaml").touch()
     assert of_folder(tmp_path) == "not finished, no step logged yet"
     log(tmp_path, {"step": 7, "epoch": 3})
     assert of_folder(tmp_path) == "not finished, step 7  epoch 3"
+    (tmp_path / "errors").mkdir()
+    report = tmp_path / "errors" / "stall_rank_0.txt"
+    report.write_text("no progress for 20 minutes (step 7)\nThread 0x1 (most recent call first):\n  File x\n")
+    assert of_folder(tmp_path) == f"not finished, step 7  epoch 3, no progress for 20 minutes (step 7) ({report})"
     (tmp_path / "metrics.json").touch()
     assert of_folder(tmp_path) == "finished, step 7  epoch 3"
 
@@ -120,7 +124,8 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(run, slurm):
         return done.stderr
 
     nothing = run.folder / "nothing"
-    assert said("logs", str(nothing)).startswith(f"error: {nothing}: no jobs were submitted for it (no run); give a run folder")
+    assert said("status", str(nothing)) == f"error: {nothing}: no run; give a run folder or a sweep folder\n"
+    assert said("logs", str(nothing)) == f"error: {nothing}: no jobs were submitted for it (no run); give a folder with a jobs.json\n"
     assert "run has no output yet, it is PENDING" in said("logs", str(run.folder))
     assert said("logs", str(run.folder), "--job", "knm") == "error: --job: there is no 'knm'; there are run, knn\n"
 

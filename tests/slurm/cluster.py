@@ -29,6 +29,9 @@ class Cluster:
         os.environ["SLURM_CONF"] = done.stdout.strip().partition("=")[2]
 
     def down(self) -> None:
+        """End what a failed test left running: daemons that are stopped first would leave its processes behind."""
+        subprocess.run(["scancel", "--user=root"], check=False, timeout=60)
+        wait_until(lambda: not run("squeue", "-h"), "end of all jobs")
         subprocess.run([HERE / "slurm_down.sh", "--purge"], env=os.environ | VARIABLES, check=True, timeout=60, capture_output=True)
 
     def occupy(self, *, seconds: float) -> None:

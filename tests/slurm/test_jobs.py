@@ -173,6 +173,8 @@ def test_what_sbatch_does_not_like_is_told_in_its_words(tmp_path):
         slurm(partition="nowhere").launch(job("tell", tmp_path / "run"))
     assert str(end.value).startswith("error: launcher: sbatch refused the job: ")
     assert "partition" in str(end.value)
+    assert not (tmp_path / "run" / "code").exists()
+    assert state(tmp_path / "run").state == "NOT SUBMITTED"
 
 
 def test_ranks_are_numbered_over_nodes_and_get_gpus(tmp_path):

@@ -59,7 +59,7 @@ def test_every_combination_is_a_child_with_a_folder_of_its_own(tmp_path):
         "05_backbone=vit_small_log_every=5",
     ]
     last = found[-1]
-    assert last.varied == {"backbone": "vit_small", "log_every": "5"}
+    assert last.varied == {"backbone": "vit_small", "task.log_every": "5"}
     assert last.options["output_dir"] == str(folder / last.name)
     assert last.options["tracking"]["tags"] == {"sweep": "sweep"}
     assert not folder.exists()
@@ -68,7 +68,7 @@ def test_every_combination_is_a_child_with_a_folder_of_its_own(tmp_path):
 def test_a_child_is_what_hydra_composes_of_its_words():
     """Whether its values are set on a copy or its files read anew."""
     fixed = (*DATA, "tracking=none", "seed=3", "epochs=7")
-    for child in children("-m", *fixed, "loss=view,view_region", "optimizer.betas=[0.9,0.95],[0.8,0.99]"):
+    for child in children("-m", *fixed, "loss=view,view_region", "optimizer.betas=[0.9,0.95],[0.8,0.99]")[::3]:
         own = (f"{key}={value}" for key, value in child.varied.items())
         assert child.options == by_hydra(*fixed, f"output_dir='{child.options['output_dir']}'", *own)
 
@@ -85,15 +85,14 @@ def test_a_typed_value_narrows_a_recipe_and_evaluations_come_along():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_says_what_it_is_and_its_first_and_last_child_compose(recipe):
+def test_a_recipe_says_what_it_is_and_composes(recipe):
     head = (ROOT / "sweeps" / f"{recipe}.yaml").read_text()
     for title in ("Command", "Varies", "Cost", "Expect"):
         assert re.search(rf"^# {title}", head, re.MULTILINE), title
     assert f"+sweeps={recipe}" in head
     with open_sweep([f"+sweeps={recipe}", *DATA]) as sweep:
         first = sweep.child(0, {each.name: each.first() for each in sweep.space()})
-        last = sweep.child(1, {each.name: each.choices[-1] if each.choices else str(each.high) for each in sweep.space()})
-        assert first.options != last.options
+        assert set(first.varied) == set(sweep.described())
         if sweep.search is not None:
             assert first.options["task"]["online_knn"]["every_epochs"] > 0
 

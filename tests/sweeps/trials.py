@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 EPOCHS = 4
 
 
@@ -23,7 +25,7 @@ def train(config: dict) -> None:
     if config.get("fails"):
         sys.exit("error: optimizer.learning_rate: too high; lower it")
     if "config" in config:
-        (folder / "config.yaml").write_text(json.dumps(config["config"]))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config["config"]))
     state = folder / "state.json"
     first = json.loads(state.read_text()) if state.exists() else 0
     append(folder / "attempts.jsonl", first)

@@ -4,7 +4,11 @@ import json
 
 from mlflow import MlflowClient
 
+import conf.schema
+from conf.sweep_launch import Program, launch
 from esvit.tracking.mlflow import send_missing
+from launchers.job import Job
+from run import admit, build
 from tests.tracking.conftest import mlflow_tracking
 
 RESULT = {"knn/top1_k20": 61.5, "step": 3, "evaluated_step": 40}
@@ -63,3 +67,22 @@ def test_the_run_of_a_job_is_made_when_it_is_submitted_and_taken_up_when_it_star
     assert pretrain(store_uri, tmp_path / "run") == made
     assert client.get_run(made).info.status == "FINISHED"
     assert points(store_uri, made, "loss/total") == [(50, 2.0)]
+
+
+def test_the_children_of_a_sweep_belong_to_one_run(store_uri, tmp_path):
+    """It is made before they are submitted, here by a scheduler that runs nothing, and has the description of the sweep."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "run.py").touch()
+
+    def job(options):
+        return Job(function="run:execute", config=options, folder=options["output_dir"], root=str(tmp_path / "program"))
+
+    conf.schema.register()
+    words = ["-m", "seed=1,2", "data.root=/images", f"output_dir={tmp_path / 'sweep'}", f"tracking.uri={store_uri}"]
+    launch([*words, "launcher=command", "launcher.template='true'"], Program(admit=admit, job=job, build=build))
+    jobs = [json.loads(path.read_text()) for path in (tmp_path / "sweep" / "launch").glob("*seed=?.json")]
+    (parent,) = {each["config"]["tracking"]["tags"]["mlflow.parentRunId"] for each in jobs}
+    assert len(jobs) == 2
+    client = MlflowClient(store_uri)
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert [each.path for each in client.list_artifacts(parent) if each.path != "git.diff"] == ["sweep.yaml"]

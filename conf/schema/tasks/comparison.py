@@ -11,8 +11,9 @@ class Best(Enum):
 
 
 def _metrics() -> list[str]:
-    accuracies = ["knn/top1_k20", "knn/best_top1", "knn/teacher", "linear/top1", "logistic/top1", "finetune/top1", "finetune/ema_top1"]
-    return [*accuracies, "fewshot/*shot", "segmentation/*_miou", "correspondence/accuracy", "loss/total", "images_per_second*"]
+    accuracies = ["knn/top1_k20", "knn/teacher", "linear/top1", "logistic/top1", "finetune/top1", "finetune/ema_top1", "fewshot/*shot"]
+    dense = ["segmentation/knn_miou", "segmentation/linear_miou", "correspondence/accuracy"]
+    return [*accuracies, *dense, "loss/total", "images_per_second*"]
 
 
 @dataclass

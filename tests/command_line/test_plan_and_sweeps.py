@@ -1,0 +1,26 @@
+"""plan=true and -m from the command line, as far as one process goes."""
+
+from pathlib import Path
+
+from tests.command_line.commands import TINY, succeeded
+
+
+def test_a_plan_prints_the_script_and_writes_nothing(commands, tmp_path):
+    """Without data, SLURM or a GPU."""
+    slurm = ("launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4", "planning.images=6400")
+    outcome = succeeded(commands.run(*TINY, *slurm, "plan=true", "accumulation=2", folder=tmp_path))
+    assert "6400 (planning.images), 64 per step (4 x 8 processes x 2 micro-batches)" in outcome.out
+    assert "steps          200, 100 per epoch, 2 epochs" in outcome.out
+    assert "#SBATCH --nodes=2" in outcome.out
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_sweep_without_values_is_one_line(commands):
+    outcome = commands.run("-m", "data.root=/images")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "error: -m: nothing varies; give an option several values (seed=0,1,2), or a recipe (+sweeps=NAME)\n"
+
+
+def test_a_search_needs_a_sweep(commands):
+    outcome = commands.run("data.root=/images", "search.trials=3")
+    assert outcome.code == 1 and outcome.err.startswith("error: search.trials: a search needs options that vary; add -m")
