@@ -149,7 +149,7 @@ class _Description:
 
 
 class _Parent:
-    """The run in the tracking store that the children belong to, where they have a store.
+    """The run in the tracking store that the children belong to, where they have a store; without params, as it computes nothing.
 
     id  None without a store, or if it cannot be reached
     """
@@ -159,9 +159,11 @@ class _Parent:
         self.id: str | None = None
         self.tracking = None
         if "run_name" in options["tracking"] and options["has_run_folder"]:
-            own = {"run_name": f"{sweep.name} ({sweep.folder.name})", "tags": {"sweep": sweep.folder.name}, "host": None}
+            varied = (f"- {name}: {values if isinstance(values, str) else ', '.join(values)}" for name, values in sweep.described().items())
+            tags = {"sweep": sweep.folder.name, "mlflow.note.content": "\n".join(["What varies:", "", *varied])}
+            own = {"run_name": f"{sweep.name} ({sweep.folder.name})", "tags": tags, "host": None}
             self.tracking = program.build(options["tracking"] | own)
-            created = self.tracking.create(run_folder=sweep.folder, config=self._config())
+            created = self.tracking.create(run_folder=sweep.folder, config={})
             self.id = created.run_id if created else None
 
     @contextlib.contextmanager
@@ -177,15 +179,12 @@ class _Parent:
     def _close(self, status: str, results: Sequence[str]) -> None:
         if self.tracking is None:
             return
-        tracker = self.tracking.open(run_folder=self.sweep.folder, config=self._config(), is_main=True)
+        tracker = self.tracking.open(run_folder=self.sweep.folder, config={}, is_main=True)
         for name in (DESCRIPTION_NAME, *results):
             if (self.sweep.folder / name).exists():
                 tracker.artifact(self.sweep.folder / name)
         tracker.close(status)
         (self.sweep.folder / "log.jsonl").unlink(missing_ok=True)  # empty: this run has no steps
-
-    def _config(self) -> dict[str, Any]:
-        return {"sweep": self.sweep.name, "varied": self.sweep.described()}
 
 
 def _search(sweep: Sweep, search: dict[str, Any], program: Program) -> None:

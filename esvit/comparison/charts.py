@@ -128,29 +128,34 @@ def pareto(groups: Sequence[Group], colors: Sequence[str], shown: Pareto) -> str
     places = {place: (x(cost), y(value)) for place, (cost, value) in shown.points.items()}
     if len(shown.front) > 1:
         parts.append(path([places[place] for place in shown.front], 'class="front"'))
+    bars = []
     for place, (left, top) in reversed(places.items()):
-        deviation = summaries[place].deviation
-        bar = line(left, y(summaries[place].mean - deviation), left, y(summaries[place].mean + deviation), "error") if deviation else ""
+        deviation = summaries[place].deviation or 0.0
+        low, high = y(summaries[place].mean - deviation), y(summaries[place].mean + deviation)
+        bar = line(left, low, left, high, "error") if deviation else ""
+        bars.append(Box(left - 1, high, 2, low - high))
         dot = f'<circle cx="{left:.1f}" cy="{top:.1f}" r="6" fill="{colors[place]}"/>'
         title = (
             f"{groups[place].label}: {tick_text(shown.points[place][0])} {shown.cost}, {summaries[place].mean:.4g} {shown.column.metric}"
         )
         parts.append(_mark(place, title, [bar.replace("/>", f' stroke="{colors[place]}"/>'), dot]))
     named = [place for place in places if place in shown.front or len(places) <= _LABELLED][:_LABELLED]
-    parts += _names(named, groups, places, others=[place for place in places if place not in named])
+    others = [_dot(*places[place]) for place in places if place not in named]
+    parts += _names(named, groups, places, obstacles=[*others, *bars])
     return picture(1000, 372, parts, title=f"{shown.column.title} over {shown.cost}")
 
 
-def _names(named: Sequence[int], groups: Sequence[Group], places: Mapping[int, tuple[float, float]], *, others: Sequence[int]) -> list[str]:
+def _dot(x: float, y: float) -> Box:
+    return Box(x - 7, y - 7, 14, 14)
+
+
+def _names(
+    named: Sequence[int], groups: Sequence[Group], places: Mapping[int, tuple[float, float]], *, obstacles: Sequence[Box]
+) -> list[str]:
     """Labels beside their dots."""
-    dots = {place: Box(x - 7, y - 7, 14, 14) for place, (x, y) in places.items()}
     words = [_shortened(groups[place].label, 44) for place in named]
-    boxes = placed_labels(
-        [dots[place] for place in named],
-        [(text_width(each, 12), 14.0) for each in words],
-        within=Box(60, 4, 930, 330),
-        obstacles=[dots[place] for place in others],
-    )
+    sizes = [(text_width(each, 12), 14.0) for each in words]
+    boxes = placed_labels([_dot(*places[place]) for place in named], sizes, within=Box(60, 4, 930, 330), obstacles=obstacles)
     return [
         f'<g class="mark" data-g="{place}">{text(box.x, box.y + 11, word, anchor="start", kind="name")}</g>'
         for place, box, word in zip(named, boxes, words, strict=True)

@@ -54,7 +54,7 @@ def compared(
     by = _deciding(found, rank_by)
     groups = ranked(grouped(runs), by)
     chosen = _cost(groups, cost)
-    notes = [*gathered.notes, *_unfinished(runs), *_protocols(found), *_apart(found), *_repeats(groups), *_versions(runs)]
+    notes = [*gathered.notes, *_tasks(runs), *_unfinished(runs), *_protocols(found), *_apart(found), *_repeats(groups), *_versions(runs)]
     notes += repeated_throughput(gathered.runs)
     if not found:
         notes.append(f"No run has a metric that fits {', '.join(metrics)}.")
@@ -140,6 +140,11 @@ def _apart(found: Sequence[Column]) -> list[str]:
         "the best."
         for options, names in alike.items()
     ]
+
+
+def _tasks(runs: Sequence[Run]) -> list[str]:
+    tasks = sorted({run.task for run in runs if run.task})
+    return [f"These are runs of different tasks ({_listed(tasks)}), with few options in common."] if len(tasks) > 1 else []
 
 
 def _repeats(groups: Sequence[Group]) -> list[str]:

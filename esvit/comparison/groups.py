@@ -12,7 +12,8 @@ from esvit.comparison.costs import cost_of
 from esvit.comparison.differences import ABSENT, differing_options, short_names, text_of
 from esvit.comparison.runs import Run
 
-_LABEL_LENGTH = 36  # of a group made of names and values of its options
+_LABEL_LENGTH = 36  # of a label made of names and values of options; longer ones do without the names
+_LONGEST_LABEL = 60
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,24 @@ def _names(members: list[list[Run]]) -> list[str]:
 
 
 def _labels(values: list[dict[str, Any]]) -> list[str]:
-    """What the groups' options are, with the options' names where these leave the labels short."""
-    short = short_names(list(values[0]))
-    present = [{name: value for name, value in some.items() if value is not ABSENT} for some in values]
-    full = [", ".join(f"{short[name]}={text_of(value)}" for name, value in some.items()) for some in present]
-    if max(map(len, full)) <= _LABEL_LENGTH:
-        return [text or "–" for text in full]
-    return [" · ".join(text_of(value) for value in some.values()) or "–" for some in values]
+    """What the groups' options are, with the options' names where these leave the labels short; each another one."""
+    names = _telling(values)
+    short = short_names(names)
+    present = [{name: some[name] for name in names if some[name] is not ABSENT} for some in values]
+    labels = [", ".join(f"{short[name]}={text_of(value)}" for name, value in some.items()) for some in present]
+    if max(map(len, labels)) > _LABEL_LENGTH:
+        labels = [" · ".join(text_of(value) for value in some.values()) for some in present]
+    cut = [label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…" for label in labels]
+    return [f"{label or '–'} #{cut[:place].count(label) + 1}" if cut.count(label) > 1 else label or "–" for place, label in enumerate(cut)]
+
+
+def _telling(values: list[dict[str, Any]]) -> list[str]:
+    """The options without those that tell the same groups apart as one before them."""
+    telling: dict[tuple[int, ...], str] = {}
+    for name in values[0] if values else ():
+        texts = [repr(some[name]) for some in values]
+        telling.setdefault(tuple(map(texts.index, texts)), name)
+    return list(telling.values())
 
 
 def _without_seed(name: str) -> str:
@@ -110,11 +122,7 @@ def _without_seed(name: str) -> str:
 
 def telling_options(groups: Sequence[Group]) -> list[str]:
     """The options that differ between groups, without those that tell the same groups apart as one before them."""
-    telling: dict[tuple[int, ...], str] = {}
-    for name in groups[0].options if groups else ():
-        values = [repr(group.options[name]) for group in groups]
-        telling.setdefault(tuple(map(values.index, values)), name)
-    return list(telling.values())
+    return _telling([dict(group.options) for group in groups])
 
 
 def ranked(groups: Sequence[Group], column: Column | None) -> list[Group]:

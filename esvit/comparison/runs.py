@@ -105,9 +105,12 @@ class Gathered:
 
 
 def find_run_folders(top: Path) -> Iterator[Path]:
-    """The run folders at or below `top`, in the order of their names. What lies inside of a run folder is the run's own."""
+    """The run folders at or below `top`, in the order of their names. What lies inside of a run folder is the run's own.
+
+    Their mark is the log, or tracking.json: a store's folder of artifacts has copies of a run's other files.
+    """
     for place, folders, files in os.walk(top, followlinks=True):
-        if "config.yaml" in files and {STATE_NAME, LOG_NAME, METRICS_NAME} & set(files):
+        if "config.yaml" in files and {STATE_NAME, LOG_NAME} & set(files):
             folders.clear()
             yield Path(place)
         else:

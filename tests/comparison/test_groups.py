@@ -56,6 +56,14 @@ def test_a_value_that_is_not_finite_shows_in_the_mean():
     assert summary is not None and math.isnan(summary.mean)
 
 
+def test_long_labels_are_cut_and_stay_different():
+    paths = [f"/a/very/long/path/to/images/of/many/kinds/{name}" for name in ("one", "two")]
+    runs = [run("r", {}, data__root=path, optimizer__learning_rate=rate) for path in paths for rate in (0.1, 0.2)]
+    labels = [group.label for group in grouped(runs)]
+    assert len(set(labels)) == 4
+    assert max(map(len, labels)) < 70
+
+
 def test_options_that_tell_the_same_groups_apart_are_told_once():
     choices = [("leaves", 5, 0.1), ("leaves", 5, 0.2), ("stones", 3, 0.1)]
     runs = [run("r", {}, data__root=root, epochs=epochs, optimizer__learning_rate=rate) for root, epochs, rate in choices]

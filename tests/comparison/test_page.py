@@ -121,6 +121,11 @@ def test_a_reader_is_told_of_unfinished_runs_protocols_and_losses_that_do_not_co
     assert "loss/total: the numbers depend on options that differ between these runs (head.prototypes)" in notes
 
 
+def test_runs_of_different_tasks_are_told():
+    runs = [run("a", {"knn/top1": 1.0}), run("b", {"knn/top1": 2.0}, choices__task="knn")]
+    assert any("runs of different tasks (knn, pretrain)" in note for note in comparison(runs).notes)
+
+
 def test_repeated_seeds_and_versions_of_the_code_are_told():
     from dataclasses import replace
 

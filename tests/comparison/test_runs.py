@@ -113,6 +113,10 @@ def test_run_folders_are_found_at_any_depth_but_not_inside_of_each_other(tmp_pat
         make_run(tmp_path / place, options("run"), course={"a": [1]}, final=None)
     (tmp_path / "other" / "code" / "conf").mkdir(parents=True)
     (tmp_path / "other" / "code" / "conf" / "config.yaml").write_text("{}")
+    artifacts = tmp_path / "mlartifacts" / "id" / "artifacts"
+    artifacts.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.json"):
+        (artifacts / name).write_text("{}")
     found = [str(folder.relative_to(tmp_path)) for folder in find_run_folders(tmp_path)]
     assert found == ["other", "sweep/0", "sweep/1"]
 

@@ -1,8 +1,6 @@
-"""task=throughput: a cost that can be computed by hand, the files that it leaves, and a sweep over backbones in one process."""
+"""task=throughput: a cost that can be computed by hand, the files that it leaves, and one table of several backbones."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from esvit.backbones.base import Backbone
 from esvit.errors import OptionError
 from esvit.run_folder import RunFolder
 from esvit.runtime import Runtime
-from esvit.tasks.throughput import Throughput, add_row, descend, flops, machine, parameters, peak_bytes
+from esvit.tasks.throughput import Throughput, add_row, descend, flops, machine, parameters, peak_bytes, table_row
 from esvit.tracking.base import NoTracking
 from tests.backbones.networks import micro_resnet, micro_vit, swin
-from tests.command_line.commands import ROOT, environment
+from tests.command_line.commands import ROOT
 
 CELLS = ["1.0 M", "2.00", "9 4", "8", "5.0", "0.10"]
 
@@ -187,17 +185,13 @@ def test_only_options_that_the_task_refers_to_are_asked_for():
     assert not {"data", "head", "loss"} & set(chosen)
 
 
-def test_a_sweep_measures_one_backbone_after_the_other(tmp_path):
-    options = ("tracking=none", "device=cpu", "runtime.threads=1", "batch_size=1", "repeats=1", "image_size=56", "train_step=false")
-    backbones = ("backbone=swin_micro,swin_mini", "task.table=table.md")
-    command = [sys.executable, str(ROOT / "run.py"), "-m", "task=throughput", *backbones, *options]
-    sweep = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert sweep.returncode == 0, sweep.stderr
-    lines = sweep.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["swin_micro", "swin_mini"]
+def test_several_backbones_stand_below_each_other_and_in_one_table(tmp_path, capsys):
+    table = tmp_path / "table.md"
+    for name, network in (("vit", micro_vit()), ("resnet", micro_resnet())):
+        measure(network, tmp_path / name, name=name, table=str(table), train_step=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["vit", "resnet"]
     assert len({line.index("GFLOPs") for line in lines}) == 1, "columns do not stand below each other"
-    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
-    assert [row.split()[1] for row in rows] == ["swin_micro", "swin_mini"]
-    folders = sorted((tmp_path / "outputs" / "throughput").iterdir())
-    assert len(folders) == 2
-    assert {json.loads((folder / "metrics.json").read_text())["features"] for folder in folders} == {192, 128}
+    assert [row.split()[1] for row in table.read_text().splitlines()[2:]] == ["vit", "resnet"]
+    assert table_row(table, "resnet")["features"] == str(micro_resnet().dim)
+    assert table_row(table, "another") is None

@@ -1,4 +1,4 @@
-"""A run that evaluates another one tells that one's folder and its run in the store, at the step of the weights; a job's run is made before it."""
+"""Runs that belong together in a store: an evaluation and the run that it evaluates, a job and its run, a sweep and its children."""
 
 import json
 
@@ -84,5 +84,7 @@ def test_the_children_of_a_sweep_belong_to_one_run(store_uri, tmp_path):
     (parent,) = {each["config"]["tracking"]["tags"]["mlflow.parentRunId"] for each in jobs}
     assert len(jobs) == 2
     client = MlflowClient(store_uri)
-    assert client.get_run(parent).info.status == "FINISHED"
+    run = client.get_run(parent)
+    assert (run.info.status, run.data.params) == ("FINISHED", {})
+    assert "- seed: 1, 2" in run.data.tags["mlflow.note.content"]
     assert [each.path for each in client.list_artifacts(parent) if each.path != "git.diff"] == ["sweep.yaml"]
