@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +101,14 @@ def _shell(template: str, values: dict[str, str]) -> str:
     text = template
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
-    done = subprocess.run(text, shell=True, capture_output=True, text=True, check=False)
+    # Files instead of pipes, and a session of its own: what the command leaves in the background must hold neither us nor the terminal.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        done = subprocess.run(text, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False, start_new_session=True)
+        printed, complained = (file.seek(0) or file.read() for file in (out, err))
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        said = (complained or printed).strip().splitlines()
         sys.exit(f"error: launcher.template: '{text}' failed with exit code {done.returncode}{': ' + said[-1] if said else ''}")
-    return done.stdout
+    return printed
 
 
 def _scheduler_name(file: JobsFile, entry: Entry) -> str:

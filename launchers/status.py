@@ -30,6 +30,7 @@ _ACTIVE = {
 _ACTIVE |= {"RESIZING", "STOPPED", "RESV_DEL_HOLD", "REQUEUE_FED"}
 _STOPPED = {128 + number: name for number, name in ((2, "SIGINT"), (12, "SIGUSR2"), (15, "SIGTERM"))}
 _TAIL_BYTES = 100_000
+_METRICS_SHOWN = 2  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,21 @@ def _remarks(status: JobStatus) -> str:
     parts = [f"({status.detail})"] if status.detail else []
     if status.restarts:
         parts.append(f"restarts {status.restarts}")
-    if status.record is not None:
+    if status.entry.role == "main" and status.record is not None:
         parts.append(_describe(status.record))
+    if status.entry.role != "main":
+        parts += _results(Path(status.entry.folder))
     return "  ".join(parts)
+
+
+def _results(folder: Path) -> list[str]:
+    """The first metrics of a finished evaluation: "knn/top1_k10 61.2"."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return []
+    numbers = [(name, value) for name, value in metrics.items() if "/" in name and isinstance(value, int | float)]
+    return [f"{name} {value:.4g}" for name, value in numbers[:_METRICS_SHOWN]]
 
 
 def _describe(record: dict[str, Any]) -> str:

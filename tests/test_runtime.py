@@ -26,7 +26,15 @@ def torch_as_it_was():
 
 
 def runtime(**options) -> Runtime:
-    defaults: dict = {"device": "cpu", "precision": "fp32", "seed": 3, "deterministic": None, "threads": 1, "timeout_minutes": 1.0}
+    defaults: dict = {
+        "device": "cpu",
+        "precision": "fp32",
+        "seed": 3,
+        "deterministic": None,
+        "threads": 1,
+        "timeout_minutes": 1.0,
+        "stall_minutes": 0,
+    }
     return Runtime(**(defaults | options))
 
 

@@ -102,6 +102,7 @@ def test_every_entry_of_a_published_layout_finds_its_place(model):
         teacher=split({layout["checkpoint_prefix_teacher"] + name: value for name, value in state.items()}),
         centers=make_loss(PROTOTYPES).state_dict(),
         epoch=300,
+        step=None,
     )
     student, teacher = (network_without_values(model, prototypes=PROTOTYPES) for _ in range(2))
     load_networks(saved, student=student, teacher=teacher, loss=make_loss(PROTOTYPES), fresh_heads="none", resize_positions=False)

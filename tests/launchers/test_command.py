@@ -40,6 +40,17 @@ def test_the_command_runs_the_job_in_its_ranks_and_then_what_follows(tmp_path, c
     assert (folder / "knn" / "told_1.json").exists()
 
 
+def test_what_the_command_leaves_in_the_background_holds_nobody(tmp_path):
+    """It goes on until it is told that the launcher has returned."""
+    returned = tmp_path / "returned"
+    command(f"echo '{{name}}'; (while [ ! -e {returned} ]; do sleep 0.05; done; touch {tmp_path}/ended) &").launch(
+        job("tell", tmp_path / "run")
+    )
+    (waiting,) = states(tmp_path / "run")
+    assert waiting.entry.printed == "run" and not (tmp_path / "ended").exists()
+    returned.touch()
+
+
 def test_a_template_that_fails_is_told_in_one_line(tmp_path):
     with pytest.raises(SystemExit) as end:
         command("echo no room >&2; false {name}").launch(job("tell", tmp_path / "run"))

@@ -72,7 +72,9 @@ def test_a_job_that_slurm_forgot_is_known_by_its_history(run, slurm):
 
 
 def test_the_line_of_a_job_says_how_far_it_is_and_what_went_wrong(run, slurm):
-    slurm("", "7|FAILED|1:0\n8|CANCELLED|0:0\n")
+    slurm("", "7|FAILED|1:0\n8|COMPLETED|0:0\n")
+    (run.folder / "knn").mkdir()
+    (run.folder / "knn" / "metrics.json").write_text('{"step": 1, "knn/top1_k10": 61.25, "knn/top5_k10": 83, "knn/top1_k20": 60}')
     log(run.folder, {"step": 3, "epoch": 1, "loss/total": 2.34567}, {"step": 4, "epoch": 2, "loss/total": 2.5})
     (run.folder / "errors").mkdir()
     for rank, (text, age) in enumerate((("later", 0), ("Traceback\nRuntimeError: first", 5))):
@@ -82,7 +84,7 @@ def test_the_line_of_a_job_says_how_far_it_is_and_what_went_wrong(run, slurm):
     first, error, second = table(states(run.folder))
     assert first == "run  7  FAILED     (exit code 1)  step 4  epoch 2  loss 2.5"
     assert error == f"    RuntimeError: first ({run.folder / 'errors' / 'rank_1.txt'}, 1 more in {run.folder / 'errors'})"
-    assert second == "knn  8  CANCELLED"
+    assert second == "knn  8  COMPLETED  knn/top1_k10 61.25  knn/top5_k10 83"
 
 
 def test_errors_of_an_earlier_attempt_are_not_shown(run, slurm):
