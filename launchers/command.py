@@ -104,7 +104,9 @@ def _shell(template: str, values: dict[str, str]) -> str:
     # Files instead of pipes, and a session of its own: what the command leaves in the background must hold neither us nor the terminal.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         done = subprocess.run(text, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False, start_new_session=True)
-        printed, complained = (file.seek(0) or file.read() for file in (out, err))
+        for file in (out, err):
+            file.seek(0)
+        printed, complained = out.read(), err.read()
     if done.returncode:
         said = (complained or printed).strip().splitlines()
         sys.exit(f"error: launcher.template: '{text}' failed with exit code {done.returncode}{': ' + said[-1] if said else ''}")

@@ -182,7 +182,9 @@ class Slurm:
         }
         for option in ("partition", "account", "qos", "constraint", "exclude", "comment"):
             parameters[option] = getattr(self, option)
-        return {key: value for key, value in parameters.items() if value is not None}
+        return {key: value for key, value in parameters.items() if value is not None} | {
+            "wckey": None
+        }  # submitit's own is in nobody's account
 
     def _srun_arguments(self, folder: Path) -> list[str]:
         # A rank that fails ends the others at once; one that ends well waits for them. srun does not take cpus-per-task from the job.

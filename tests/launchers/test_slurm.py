@@ -61,7 +61,6 @@ def test_options_become_sbatch_parameters(tmp_path):
         "requeue": "",
         "open-mode": "append",
         "output": f"{tmp_path}/my run/launch/%j_0_log.out",
-        "wckey": "submitit",
     }
     assert "--kill-on-bad-exit=1 --wait=0" in text and "--cpus-per-task=12" in text.splitlines()[-1]
 

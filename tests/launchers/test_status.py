@@ -103,6 +103,15 @@ def test_tasks_of_an_array_that_never_started_are_told_apart(slurm):
     assert (ended["12_7"].state, ended["12_1"].state) == ("CANCELLED", "COMPLETED")
 
 
+def test_where_a_job_cannot_be_requeued_the_reason_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert scheduler.requeue("7") == "there is no scontrol on this node"
+    assert scheduler.state_of("7") is None and scheduler.active_jobs() == {}
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2; exit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert scheduler.requeue("7") == "Requested operation is presently disabled"
+
+
 def test_a_run_without_a_submission_is_known_by_its_files(tmp_path):
     assert of_folder(tmp_path) is None
     (tmp_path / "config.yaml").touch()
