@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from launchers import children, submission
+from launchers import children, status, submission
 from launchers.job import Job
 from launchers.submission import RUN, Entry, JobsFile, Main, Submission
 
@@ -40,11 +40,10 @@ class Command:
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Submit a run; what follows it is run by the same command."""
+        refuse_running(job.folder, [RUN])
         file = submission.prepare(job.folder, [Main(name=RUN, job=job, then=then, saved=saved)], launcher=submission.options_of(self))
         self.submit(file, [RUN])
-        submission.tell(
-            {"submitted": file.read().entry(RUN).printed or RUN, "folder": str(file.folder)} | submission.command_lines(file.folder)
-        )
+        submission.tell({"submitted": file.read().entry(RUN).printed or RUN} | submission.place_lines(file, file.read()))
 
     def launch_array(
         self,
@@ -56,9 +55,10 @@ class Command:
         saved: Sequence[Job] = (),
     ) -> None:
         """Submit the children of a sweep one by one; how many run at once is the scheduler's business."""
+        refuse_running(folder, names)
         file = submission.prepare(folder, submission.children(jobs, names, then, saved), launcher=submission.options_of(self))
         self.submit(file, names)
-        submission.tell({"submitted": f"{len(names)} runs", "folder": str(file.folder)} | submission.command_lines(file.folder))
+        submission.tell({"submitted": f"{len(names)} runs"} | submission.place_lines(file, file.read()))
 
     def submit(self, file: JobsFile, names: Sequence[str]) -> None:
         """Submit these jobs, main ones with what follows them; ends this process with one line where the template's command fails."""
@@ -85,7 +85,7 @@ class Command:
         )
         log = shlex.quote(str(file.launch_folder / f"{entry.name}.log"))
         script = file.launch_folder / f"{entry.name}.sh"
-        script.write_text(f"#!/bin/sh\ncd {shlex.quote(str(Path.cwd()))}\nexport {variables}\nexec {start} >> {log} 2>&1\n")
+        script.write_text(f"#!/bin/sh\ncd {shlex.quote(content.cwd)}\nexport {variables}\nexec {start} >> {log} 2>&1\n")
         script.chmod(0o755)
         return script
 
@@ -95,6 +95,13 @@ class Command:
         values |= {"folder": str(file.folder), "name": _scheduler_name(file, entry)}
         printed = _shell(self.template, values).strip().splitlines()
         return printed[-1][:200] if printed else ""
+
+
+def refuse_running(folder: str | Path, names: Sequence[str]) -> None:
+    """End this process with one line if one of these jobs is known to run."""
+    for each in status.states(folder):
+        if each.entry.name in names and each.state == "RUNNING":
+            sys.exit(f"error: output_dir: {each.entry.name} still runs in {folder} {each.detail}; wait for it, or end it")
 
 
 def _shell(template: str, values: dict[str, str]) -> str:

@@ -100,8 +100,12 @@ class Slurm:
         content = file.read()
         main_ids = self._submit_together(file, content, [content.entry(name) for name in names], after=None)
         followers = [content.of_role("then", name) for name in names]
-        for place in range(len(followers[0])):
-            self._submit_together(file, content, [each[place] for each in followers], after=main_ids)
+        try:
+            for place in range(len(followers[0])):
+                self._submit_together(file, content, [each[place] for each in followers], after=main_ids)
+        except SystemExit:  # all of it, or nothing
+            scheduler.cancel(main_ids)
+            raise
 
     def submit_alone(self, file: JobsFile, names: Sequence[str]) -> None:
         """Submit evaluations that wait for nothing."""
@@ -125,17 +129,18 @@ class Slurm:
         """The batch script of a run; needs no SLURM."""
         launch_folder = JobsFile(job.folder).launch_folder
         code = Path(job.folder) / "code"
-        parameters = self._parameters(name=Path(job.folder).name, code=code, role="main", after=None)
-        command = f"{self._python(Path(job.folder))} -u -m submitit.core._submit {shlex.quote(str(launch_folder))}"
+        parameters = self._parameters(name=Path(job.folder).name, code=code, cwd=str(Path.cwd()), role="main", after=None)
+        command = f"{self._python(Path(job.folder), str(Path.cwd()))} -u -m submitit.core._submit {shlex.quote(str(launch_folder))}"
         return submitit_slurm._make_sbatch_string(command=command, folder=launch_folder, **parameters)
 
     def _submit_together(self, file: JobsFile, content: Submission, entries: Sequence[Entry], *, after: list[str] | None) -> list[str]:
         """Submit one job, or several as an array; `after`: the ids that each of them waits for. Returns their ids and remembers them."""
-        parameters = self._parameters(name=self._name(file, entries), code=Path(content.code), role=entries[0].role, after=after)
+        name, code = self._name(file, entries), Path(content.code)
+        parameters = self._parameters(name=name, code=code, cwd=content.cwd, role=entries[0].role, after=after)
         ranks = [Rank(folder=str(file.folder), name=each.name, max_requeues=self.max_requeues) for each in entries]
         with _outside_of_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             try:
-                executor = submitit.SlurmExecutor(file.launch_folder, python=self._python(file.folder))
+                executor = submitit.SlurmExecutor(file.launch_folder, python=self._python(file.folder, content.cwd))
                 executor.update_parameters(**parameters)
                 jobs = executor.submit_array(ranks)
             except (FailedJobError, FailedSubmissionError) as error:
@@ -155,18 +160,18 @@ class Slurm:
             return file.folder.name
         return f"{Path(entries[0].folder).name} {file.folder.name}"
 
-    def _parameters(self, *, name: str, code: Path, role: str, after: list[str] | None) -> dict[str, Any]:
+    def _parameters(self, *, name: str, code: Path, cwd: str, role: str, after: list[str] | None) -> dict[str, Any]:
         """In submitit's words."""
         is_main = role == "main"
         nodes = self.nodes if is_main else self.evaluation_nodes
         gpus = self.gpus_per_node if is_main or self.evaluation_gpus_per_node is None else self.evaluation_gpus_per_node
         tasks = self.tasks_per_node if is_main else None
-        additional: dict[str, Any] = {"requeue": True}
+        additional: dict[str, Any] = {"requeue": True, "chdir": cwd}
         if after is not None:
             additional |= {"dependency": _dependency(after), "kill-on-invalid-dep": "yes"}
         if self.memory is not None:
             additional["mem"] = self.memory
-        parameters = {
+        parameters: dict[str, Any] = {
             "job_name": name,
             "nodes": nodes,
             "gpus_per_node": gpus or None,
@@ -178,34 +183,33 @@ class Slurm:
             "stderr_to_stdout": True,
             "additional_parameters": additional | _as_parameters(self.extra),
             "setup": [*self.setup, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"', *_SETUP],
-            "srun_args": self._srun_arguments(code.parent),
+            "srun_args": self._srun_arguments(code.parent, cwd),
         }
         for option in ("partition", "account", "qos", "constraint", "exclude", "comment"):
             parameters[option] = getattr(self, option)
-        return {key: value for key, value in parameters.items() if value is not None} | {
-            "wckey": None
-        }  # submitit's own is in nobody's account
+        given = {key: value for key, value in parameters.items() if value is not None}
+        return given | {"wckey": None}  # submitit's default names a project that the cluster may not know
 
-    def _srun_arguments(self, folder: Path) -> list[str]:
+    def _srun_arguments(self, folder: Path, cwd: str) -> list[str]:
         # A rank that fails ends the others at once; one that ends well waits for them. srun does not take cpus-per-task from the job.
         arguments = ["--kill-on-bad-exit=1", "--wait=0", "--open-mode=append", f"--cpus-per-task={self.cpus_per_task}"]
         if self.container_image is not None and self.container_runtime == "pyxis":
-            mounts = ",".join(f"{each}:{each}" if ":" not in each else each for each in self._mounts(folder))
-            arguments += [f"--container-image={self.container_image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+            mounts = ",".join(f"{each}:{each}" if ":" not in each else each for each in self._mounts(folder, cwd))
+            arguments += [f"--container-image={self.container_image}", f"--container-mounts={mounts}", f"--container-workdir={cwd}"]
         return arguments
 
-    def _python(self, folder: Path) -> str:
+    def _python(self, folder: Path, cwd: str) -> str:
         """How a rank's Python is started, as a shell command."""
         python = shlex.split(self.python) if self.python else ["python3" if self.container_image else sys.executable]
         if self.container_image is not None and self.container_runtime == "apptainer":
-            binds = [argument for mount in self._mounts(folder) for argument in ("--bind", mount)]
+            binds = [argument for mount in self._mounts(folder, cwd) for argument in ("--bind", mount)]
             gpus = ["--nv"] if self.gpus_per_node else []
-            python = ["apptainer", "exec", *gpus, *binds, "--pwd", str(Path.cwd()), self.container_image, *python]
+            python = ["apptainer", "exec", *gpus, *binds, "--pwd", cwd, self.container_image, *python]
         return f"{_PYTHON_SAFE_FROM_SIGNALS} {shlex.join(python)}"
 
-    def _mounts(self, folder: Path) -> list[str]:
+    def _mounts(self, folder: Path, cwd: str) -> list[str]:
         """The user's, the folder of the run or sweep, and the one that relative paths begin at."""
-        return list(dict.fromkeys([*self.container_mounts, str(folder), str(Path.cwd())]))
+        return list(dict.fromkeys([*self.container_mounts, str(folder), cwd]))
 
     def check(self) -> None:
         """End this process with one line where an option cannot work."""
@@ -228,8 +232,9 @@ class Slurm:
     def _tell(self, file: JobsFile, names: Sequence[str]) -> None:
         content = file.read()
         mains = [content.entry(name) for name in names]
-        gpus = f"{self.gpus_per_node} GPUs" if self.gpus_per_node else f"{mains[0].ranks // self.nodes} processes"
-        size = f"{self.nodes} x {gpus}" + (f", partition {self.partition}" if self.partition else "")
+        count, what = (self.gpus_per_node, "GPU") if self.gpus_per_node else (mains[0].ranks // self.nodes, "process")
+        plural = "" if count == 1 else "es" if what == "process" else "s"
+        size = f"{self.nodes} x {count} {what}{plural}" + (f", partition {self.partition}" if self.partition else "")
         if file.job_file(RUN).exists():
             lines = {"submitted": f"job {mains[0].id} ({size})"}
         else:
@@ -238,12 +243,7 @@ class Slurm:
         followers = [each for each in content.of_role("then") if each.of == names[0]]
         if followers:
             lines["then"] = ", ".join(f"{str(each.id).partition('_')[0]} {Path(each.folder).name}" for each in followers)
-        lines["folder"] = str(file.folder)
-        if content.tracking_run:
-            lines["MLflow run"] = " ".join(
-                str(value) for value in (content.tracking_run.get("run_id"), content.tracking_run.get("url")) if value
-            )
-        submission.tell(lines | submission.command_lines(file.folder))
+        submission.tell(lines | submission.place_lines(file, content))
 
 
 _SETUP = [
@@ -261,9 +261,8 @@ def refuse_active(folder: str | Path, names: Sequence[str]) -> None:
     for entry in file.read().jobs:
         if entry.id in active and (entry.name in names or entry.of in names):
             command = submission.command_lines(file.folder)["  "]
-            sys.exit(
-                f"error: output_dir: job {entry.id} ({entry.name}) is still {active[entry.id].state} in {folder}; wait for it, or {command}"
-            )
+            found = f"job {entry.id} ({entry.name}) is still {active[entry.id].state} in {folder}"
+            sys.exit(f"error: output_dir: {found}; wait for it, or {command}")
 
 
 def _dependency(after: list[str]) -> str:

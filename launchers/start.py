@@ -26,6 +26,7 @@ def main() -> None:
     folder, name = arguments
     file = JobsFile(folder)
     content = file.read()
+    os.chdir(content.cwd)
     entry = content.entry(name)
     code = _run(file, content, entry)
     if entry.role == "main" and not code:

@@ -57,6 +57,7 @@ class Submission:
     command       the command line
     commit        of the code, None without git; dirty: whether it was changed since
     code          the snapshot's folder
+    cwd           where the command was typed: what relative paths in options begin at
     tracking_run  {"run_id", "url"} of the run in MLflow, or None
     process       what works through it, where that is no scheduler; None once it has ended
     """
@@ -66,6 +67,7 @@ class Submission:
     commit: str | None
     dirty: bool
     code: str
+    cwd: str
     tracking_run: dict[str, Any] | None
     submitted: str
     process: dict[str, Any] | None = None
@@ -175,6 +177,7 @@ def prepare(folder: str | Path, mains: Sequence[Main], *, launcher: dict[str, An
         commit=copy.commit,
         dirty=copy.dirty,
         code=str(copy.root),
+        cwd=str(Path.cwd()),
         tracking_run=mains[0].job.config.get("tracking_run"),
         submitted=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         process=process,
@@ -301,6 +304,14 @@ def tell(lines: Mapping[str, str]) -> None:
     """Print labelled lines; an empty label goes on with the one before."""
     for label, text in lines.items():
         print(f"{label.strip():14} {text}", flush=True)
+
+
+def place_lines(file: JobsFile, content: Submission) -> dict[str, str]:
+    """Where a submission's results go, and the commands that follow it."""
+    lines = {"folder": str(file.folder)}
+    if content.tracking_run:
+        lines["MLflow run"] = " ".join(filter(None, (content.tracking_run.get("run_id"), content.tracking_run.get("url"))))
+    return lines | command_lines(file.folder)
 
 
 def command_lines(folder: Path) -> dict[str, str]:

@@ -58,6 +58,7 @@ def test_options_become_sbatch_parameters(tmp_path):
         "comment": "two words",
         "reservation": "maintenance",
         "exclusive": "",
+        "chdir": str(Path.cwd()),
         "requeue": "",
         "open-mode": "append",
         "output": f"{tmp_path}/my run/launch/%j_0_log.out",
