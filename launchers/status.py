@@ -5,6 +5,7 @@ Answers within a second or two: squeue and sacct are asked once each, logs are r
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _ACTIVE = {
     "STAGE_OUT",
 }
 _ACTIVE |= {"RESIZING", "STOPPED", "RESV_DEL_HOLD", "REQUEUE_FED"}
-_STOPPED = {128 + number: name for number, name in ((2, "SIGINT"), (12, "SIGUSR2"), (15, "SIGTERM"))}
+_STOPPED = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}
 _TAIL_BYTES = 100_000
 _METRICS_SHOWN = 2  # of an evaluation
 
@@ -108,16 +109,21 @@ def summary(found: Sequence[JobStatus]) -> str:
 def _by_scheduler(file: JobsFile, entries: Sequence[Entry]) -> dict[str, JobState]:
     active = scheduler.active_jobs()
     ended = scheduler.ended_jobs(entry.id for entry in entries if entry.id and entry.id not in active)
-    return {entry.name: active.get(entry.id or "") or ended.get(entry.id or "") or _remembered(file, entry) for entry in entries}
+    return {entry.name: active.get(entry.id or "") or _outside_of_the_queue(file, entry, ended.get(entry.id or "")) for entry in entries}
 
 
-def _remembered(file: JobsFile, entry: Entry) -> JobState:
-    """What the history says of a job that SLURM no longer knows."""
+def _outside_of_the_queue(file: JobsFile, entry: Entry, accounted: JobState | None) -> JobState:
+    """What is known of a job that squeue does not show; accounting may not have heard of its end yet, or know nothing of it."""
     if entry.id is None:
         return JobState("NOT SUBMITTED", "")
+    if accounted is not None and accounted.state not in _ACTIVE:
+        return accounted
     events = file.history(entry.name).of(entry.id)
-    if events and events[-1]["event"] == "ended":
+    has_ended = bool(events) and events[-1]["event"] == "ended"
+    if has_ended and (accounted is None or events[-1]["code"] == 0):
         return _ended(events[-1]["code"])
+    if accounted is not None:
+        return JobState("COMPLETING", "")
     return JobState("UNKNOWN", "SLURM does not know it any more" if scheduler.is_here() else "there is no SLURM here to ask")
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_options_that_cannot_work_are_refused_before_anything_is_written(changed
     with pytest.raises(SystemExit, match=re.escape(f"error: {said}")):
         slurm(**changed).launch(job)
     assert not (tmp_path / "run").exists()
+
+
+def test_where_an_evaluation_is_refused_its_training_is_cancelled(tmp_path, monkeypatch):
+    """A stand-in for sbatch accepts the first job only."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    accepted = tmp_path / "accepted"
+    sbatch = f"[ -e {accepted} ] && echo 'sbatch: error: Invalid qos' >&2 && exit 1; touch {accepted}; echo Submitted batch job 41"
+    for name, text in {"sbatch": sbatch, "srun": "", "squeue": "", "scancel": f'echo "$@" > {tmp_path}/cancelled'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    folder = tmp_path / "run"
+    (tmp_path / "run.py").touch()
+    job = Job(function="x:y", config={}, folder=str(folder), root=str(tmp_path))
+    with pytest.raises(SystemExit, match="error: launcher: sbatch refused the job: Invalid qos"):
+        slurm().launch(job, then=[replace(job, folder=str(folder / "knn"))])
+    assert (tmp_path / "cancelled").read_text() == "41\n"
 
 
 def test_without_slurm_the_user_is_told_where_to_submit(tmp_path, monkeypatch):

@@ -60,6 +60,13 @@ def test_states_come_from_the_queue_first_and_then_from_accounting(run, slurm):
     assert (knn.state, knn.detail, knn.is_active) == ("PENDING", "Dependency", True)
 
 
+def test_accounting_that_lags_behind_the_queue_is_not_believed(run, slurm):
+    slurm("", "7|RUNNING|0:0\n8|RUNNING|0:0\n")
+    run.history("run").add("ended", id="7", code=0)
+    main, knn = states(run.folder)
+    assert (main.state, knn.state, knn.is_active) == ("COMPLETED", "COMPLETING", True)
+
+
 def test_a_job_that_slurm_forgot_is_known_by_its_history(run, slurm):
     slurm("", "")
     run.history("run").add("started", id="7", launched=1.0)

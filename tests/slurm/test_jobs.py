@@ -177,14 +177,6 @@ def test_what_sbatch_does_not_like_is_told_in_its_words(tmp_path):
     assert state(tmp_path / "run").state == "NOT SUBMITTED"
 
 
-def test_where_an_evaluation_is_refused_its_training_does_not_start(tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(SystemExit, match="error: launcher: sbatch refused the job"):
-        slurm(evaluation_gpus_per_node=99, extra=["--hold"]).launch(job("tell", folder), then=[job("tell", folder / "knn")])
-    ended = wait_for_end(folder)
-    assert (ended["run"].state, ended["knn"].state) == ("CANCELLED", "NOT SUBMITTED")
-
-
 def test_ranks_are_numbered_over_nodes_and_get_gpus(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
