@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import inputs, models, running, tasks, training
+from conf.schema import augmentations, data, models, running, tasks, training
 from esvit.errors import OptionError
 
 _CONF = Path(__file__).parent
@@ -115,7 +115,7 @@ def _names(schema: Any) -> set[str]:
 def _choices_that_know(name: str) -> list[str]:
     """Other choices of the group, e.g. "launcher=gpus" for launcher.processes."""
     group, _, option = name.partition(".")
-    schemas = {**models.SCHEMAS, **inputs.SCHEMAS, **training.SCHEMAS, **running.SCHEMAS, **tasks.SCHEMAS}
+    schemas = {**models.SCHEMAS, **augmentations.SCHEMAS, **data.SCHEMAS, **training.SCHEMAS, **running.SCHEMAS, **tasks.SCHEMAS}
     owners = [schema for (each, schema), node in schemas.items() if each == group and option in _names(node)]
     presets = {file.stem: file.read_text() for file in sorted((_CONF / group).glob("*.yaml"))}
     return [f"{group}={preset}" for preset, text in presets.items() if any(f"/schema/{group}/{owner}@" in text for owner in owners)]

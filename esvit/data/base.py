@@ -5,16 +5,19 @@ the loading processes, so they keep their names in `PackedStrings`: a list of a 
 page into every process, because counting references writes to them.
 """
 
+import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
 from esvit.errors import OptionError
+
+Decoder = Callable[[bytes], Any]  # the bytes of an image file -> an image; raises BadImage
 
 IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
@@ -33,12 +36,26 @@ class ImageSet(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Raises BadImage if it cannot be read."""
+    def read(self, index: int, decode: "Decoder | None" = None) -> Any:
+        """Image `index`: an RGB image, or what `decode` makes of its file. Raises BadImage if it cannot be read.
+
+        A set that has no file for each image gives an RGB image in any case.
+        """
 
     @abstractmethod
     def name(self, index: int) -> str:
         """What a person would look for: a path relative to the root, or to the archive."""
+
+
+class EncodedImages(ImageSet):
+    """An image set that has the bytes of a file for each image."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index`. Raises BadImage if it cannot be read."""
+
+    def read(self, index: int, decode: "Decoder | None" = None) -> Any:
+        return (decode or decode_rgb)(self.encoded(index))
 
 
 @dataclass(kw_only=True)
@@ -105,14 +122,23 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
-def decode(source: str | IO[Any]) -> Image.Image:
-    """The image in a file in RGB. Raises BadImage if it cannot be read, whatever the decoder says."""
+def decode_rgb(encoded: bytes) -> Image.Image:
+    """The image in a file's bytes in RGB. Raises BadImage if it cannot be read, whatever the decoder says."""
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             return image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders answer damage with OSError, SyntaxError, ValueError, struct.error, ...
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def file_bytes(path: str) -> bytes:
+    """The content of a file. Raises BadImage if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 

@@ -8,9 +8,8 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
-from esvit.data.base import Data, ImageSet, PackedStrings, decode, existing_folder, is_image_name
+from esvit.data.base import Data, EncodedImages, ImageSet, PackedStrings, existing_folder, file_bytes, is_image_name
 from esvit.errors import OptionError
 
 _SPLITS = {"train", "val", "test"}
@@ -30,7 +29,7 @@ class FolderData(Data):
         return FolderImages(self.val_root, option="data.val_root", class_names=training_classes if labelled else None)
 
 
-class FolderImages(ImageSet):
+class FolderImages(EncodedImages):
     """Every image under `root`: classes in sorted order, files of a class sorted by their path.
 
     class_names  the labels' meaning; None takes the names of the folders in `root`
@@ -69,8 +68,8 @@ class FolderImages(ImageSet):
     def __len__(self) -> int:
         return len(self._names)
 
-    def read(self, index: int) -> Image.Image:
-        return decode(os.path.join(self.root, self._names[index]))
+    def encoded(self, index: int) -> bytes:
+        return file_bytes(os.path.join(self.root, self._names[index]))
 
     def name(self, index: int) -> str:
         return self._names[index]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from esvit.data.base import Data, ImageSet, decode, existing_folder, is_image_name
+from esvit.data.base import Data, Decoder, ImageSet, decode_rgb, existing_folder, file_bytes, is_image_name
 from esvit.errors import OptionError
 
 TRAIN_PERCENT = 58  # of a photo's width, from the left
@@ -77,10 +77,10 @@ class PatchImages(ImageSet):
     def __len__(self) -> int:
         return len(self._places)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, decode: Decoder | None = None) -> Image.Image:
         photo = int(self.labels[index])  # type: ignore[index]
         if photo not in self._decoded:
-            self._decoded[photo] = decode(os.fspath(self._photos[photo]))
+            self._decoded[photo] = decode_rgb(file_bytes(os.fspath(self._photos[photo])))
         left, top = (int(place) for place in self._places[index])
         return self._decoded[photo].crop((left, top, left + self._patch_size, top + self._patch_size))
 

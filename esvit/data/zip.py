@@ -12,9 +12,8 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image
 
-from esvit.data.base import BadImage, Data, ImageSet, PackedStrings, decode, existing_folder, is_image_name
+from esvit.data.base import BadImage, Data, EncodedImages, ImageSet, PackedStrings, existing_folder, is_image_name
 from esvit.errors import OptionError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field that follow the 30 bytes
@@ -33,7 +32,7 @@ class ZipData(Data):
         return ZipImages(root, "val", option="data.val_root") if os.path.exists(os.path.join(root, "val.zip")) else None
 
 
-class ZipImages(ImageSet):
+class ZipImages(EncodedImages):
     """The images of `<folder>/<split>.zip` that `<folder>/<split>_map.txt` gives a label, in the archive's order.
 
     As in the original, empty members and hidden files are left out. Raises OptionError naming `option`.
@@ -76,13 +75,10 @@ class ZipImages(ImageSet):
     def __len__(self) -> int:
         return len(self._names)
 
-    def read(self, index: int) -> Image.Image:
-        return decode(io.BytesIO(self._bytes(index)))
-
     def name(self, index: int) -> str:
         return f"{os.path.basename(self.path)}@/{self._names[index]}"
 
-    def _bytes(self, index: int) -> bytes:
+    def encoded(self, index: int) -> bytes:
         """The unpacked member `index`. Raises BadImage if the archive is damaged there."""
         try:
             if self._file is None:

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from esvit.augmentations.evaluation import EvaluationCrop
-from esvit.data.base import BadImage, ImageSet, decode
+from esvit.data.base import BadImage, EncodedImages, ImageSet, file_bytes
 from esvit.data.folder import FolderImages
 from esvit.data.patches import PACKAGED_PHOTOS
 from esvit.errors import OptionError
 
 
-class PhotoFiles(ImageSet):
+class PhotoFiles(EncodedImages):
     """Files by name, without labels. Raises OptionError naming `option` for one that does not exist."""
 
     def __init__(self, files: Sequence[str], *, option: str):
@@ -30,8 +30,8 @@ class PhotoFiles(ImageSet):
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, index: int) -> Image.Image:
-        return decode(self._files[index])
+    def encoded(self, index: int) -> bytes:
+        return file_bytes(self._files[index])
 
     def name(self, index: int) -> str:
         return self._files[index]

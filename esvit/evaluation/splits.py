@@ -1,9 +1,6 @@
-"""The labelled images that an evaluation needs, and parts of an image set."""
+"""The labelled images that an evaluation needs."""
 
 from dataclasses import dataclass
-
-import numpy as np
-from PIL import Image
 
 from esvit.data.base import Data, ImageSet
 from esvit.errors import OptionError
@@ -30,22 +27,3 @@ def labelled_splits(data: Data) -> Splits:
     if validation.class_names != train.class_names:
         raise OptionError("data.val_root", "its classes are not those of data.root", "give both the same class folders")
     return Splits(train, validation, train.class_names)
-
-
-class Subset(ImageSet):
-    """The images of `images` at `indices` (n,) int64, with their labels where there are any."""
-
-    def __init__(self, images: ImageSet, indices: np.ndarray):
-        self.images = images
-        self.indices = indices
-        self.labels = None if images.labels is None else images.labels[indices]
-        self.class_names = images.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Image.Image:
-        return self.images.read(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.images.name(int(self.indices[index]))

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from esvit.augmentations.evaluation import EvaluationCrop
-from esvit.data.base import decode, existing_folder, is_image_name
+from esvit.data.base import decode_rgb, existing_folder, file_bytes, is_image_name
 from esvit.errors import OptionError
 from esvit.evaluation.correspondence import Cells, Pair
 
@@ -62,7 +62,7 @@ class StereoPhotos:
         Raises BadImage for a photo, and OptionError for a disparity, that cannot be used.
         """
         left_file, right_file, disparity_file = self._triples[index]
-        left, right, disparity = decode(left_file), decode(right_file), self._disparity(disparity_file)
+        left, right, disparity = decode_rgb(file_bytes(left_file)), decode_rgb(file_bytes(right_file)), self._disparity(disparity_file)
         if left.size != right.size or left.size[::-1] != disparity.shape:
             sizes = f"left {left.size}, right {right.size}, disparity {disparity.shape[::-1]}"
             raise OptionError(self._option, f"the files '{self.names[index]}' differ in width and height ({sizes})", "give rectified pairs")

@@ -13,13 +13,13 @@ import torch
 from esvit.backbones.base import NoAttention
 from esvit.data.base import ImageSet
 from esvit.data.folder import FolderImages
+from esvit.data.subsets import Subset
 from esvit.errors import OptionError
 from esvit.evaluation.analysis_report import Analysis, write_analysis_report
 from esvit.evaluation.feature_files import FeatureSet
 from esvit.evaluation.frozen import Frozen, FrozenBackbone, hash_of_images
 from esvit.evaluation.photos import Photo, evenly_spaced, open_photos, read_photos
 from esvit.evaluation.protocol import write_protocol
-from esvit.evaluation.splits import Subset
 from esvit.run_folder import RunFolder
 from esvit.runtime import Runtime
 from esvit.tasks.analyze_parts import AttentionMaps, MatchedPhoto, RegionColors, RegionMatches, go_on

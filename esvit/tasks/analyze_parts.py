@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from esvit.augmentations.multicrop import to_tensor
-from esvit.data.base import BadImage, ImageSet, decode, existing_folder
+from esvit.data.base import BadImage, ImageSet, decode_rgb, existing_folder, file_bytes
 from esvit.errors import OptionError, Stopped
 from esvit.evaluation.analysis_report import Picture
 from esvit.evaluation.attention import Query, attention_map, head_entropy, mass_mask
@@ -295,7 +295,7 @@ class RegionMatches:
         if not os.path.exists(path):
             raise OptionError("task.matches.saved", f"there is no '{path}'", "give the folder views/ of an analysis of the same photos")
         try:
-            view = decode(path)
+            view = decode_rgb(file_bytes(path))
         except BadImage as error:
             raise OptionError(
                 "task.matches.saved", f"view '{path}' cannot be read ({error})", "draw new ones: leave the option out"

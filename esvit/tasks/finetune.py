@@ -29,13 +29,13 @@ from esvit.checkpoints import CheckpointFolder, has_checkpoint
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
+from esvit.data.subsets import Subset, stratified_fraction
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.classifier import Accuracy, Classifier, accuracies, classifier_state, load_classifier_state, write_classifier
 from esvit.evaluation.figures import Panel, curves_svg
 from esvit.evaluation.frozen import Frozen, FrozenBackbone, hash_of_images
 from esvit.evaluation.protocol import write_protocol
-from esvit.evaluation.splits import Splits, Subset, labelled_splits
-from esvit.evaluation.subsets import stratified_fraction
+from esvit.evaluation.splits import Splits, labelled_splits
 from esvit.optimizers import LARS, SGD, AdamW
 from esvit.records import Views
 from esvit.run_folder import RunFolder

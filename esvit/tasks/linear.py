@@ -28,6 +28,7 @@ from esvit.augmentations.supervised import RandomResizedCropFlip
 from esvit.checkpoints import CheckpointFolder
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
+from esvit.data.subsets import Subset, held_out, stratified_fraction
 from esvit.errors import Interrupted, OptionError, Stopped
 from esvit.evaluation.feature_files import FeatureSet
 from esvit.evaluation.frozen import Frozen, FrozenBackbone, hash_of_images
@@ -47,8 +48,7 @@ from esvit.evaluation.linear import (
     cosine_share,
 )
 from esvit.evaluation.protocol import write_protocol
-from esvit.evaluation.splits import Splits, Subset, labelled_splits
-from esvit.evaluation.subsets import held_out, stratified_fraction
+from esvit.evaluation.splits import Splits, labelled_splits
 from esvit.run_folder import write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.tasks.tables import aligned

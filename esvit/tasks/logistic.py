@@ -12,13 +12,13 @@ from torch import Tensor
 
 from esvit import distributed
 from esvit.data.base import Data
+from esvit.data.subsets import Subset, held_out, stratified_fraction
 from esvit.errors import OptionError, Stopped
 from esvit.evaluation.feature_files import FeatureSet
 from esvit.evaluation.frozen import Frozen, FrozenBackbone
 from esvit.evaluation.logistic import Accuracy, LogisticRegression, Scaling, accuracy
 from esvit.evaluation.protocol import write_protocol
-from esvit.evaluation.splits import Subset, labelled_splits
-from esvit.evaluation.subsets import held_out, stratified_fraction
+from esvit.evaluation.splits import labelled_splits
 from esvit.runtime import Runtime
 from esvit.tasks.tables import aligned
 from esvit.tracking.base import EVALUATED_STEP

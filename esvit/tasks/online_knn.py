@@ -10,11 +10,11 @@ from torch import Tensor
 from esvit.augmentations.evaluation import EvaluationCrop
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import evaluation_batches
+from esvit.data.subsets import Subset
 from esvit.errors import OptionError
 from esvit.evaluation.baselines import color_histogram, raw_pixels
 from esvit.evaluation.features import extract_features
 from esvit.evaluation.knn import weighted_knn
-from esvit.evaluation.splits import Subset
 from esvit.networks import MultiCropNetwork
 from esvit.runtime import Runtime
 

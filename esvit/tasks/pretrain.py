@@ -26,10 +26,10 @@ from esvit.checkpoints import CheckpointFolder, has_checkpoint, peek, save_atomi
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
+from esvit.data.subsets import Subset
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.figures import crops_grid
 from esvit.evaluation.health import diagnose, health_signs
-from esvit.evaluation.splits import Subset
 from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions, MultiCropNetwork

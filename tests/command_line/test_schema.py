@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf, open_dict
 
 import conf.schema
 from conf.resolve import resolve
-from conf.schema import inputs, models, root, running, tasks, training
+from conf.schema import augmentations, data, models, root, running, tasks, training
 from run import build
 from tests.command_line.commands import ROOT
 
@@ -31,7 +31,7 @@ def presets(group: str) -> list[str]:
 
 def schemas() -> Iterator[Any]:
     """Every registered schema and those inside of them, once each."""
-    open_ones = [node for module in (models, inputs, training, running, tasks) for node in module.SCHEMAS.values()]
+    open_ones = [node for module in (models, augmentations, data, training, running, tasks) for node in module.SCHEMAS.values()]
     seen = []
     while open_ones:
         schema = open_ones.pop()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema.inputs import Interpolation, Mixing, TrainingCrop
+from conf.schema.augmentations import Interpolation, Mixing, TrainingCrop
 from conf.schema.tasks.frozen import Frozen
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.schema.inputs import Normalize
+from conf.schema.augmentations import Normalize
 
 
 class Network(Enum):

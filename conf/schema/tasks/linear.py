@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.schema.inputs import TrainingCrop
+from conf.schema.augmentations import TrainingCrop
 from conf.schema.tasks.frozen import Frozen
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.schema.inputs import Mixing, Normalize
+from conf.schema.augmentations import Mixing, Normalize
 
 
 @dataclass

@@ -1,12 +1,35 @@
-"""Parts of labelled images in which every class keeps its share: so many percent of the labels, or a part held out of training.
+"""Parts of an image set; among them those in which every class keeps its share: so many percent of the labels, or a part held out.
 
 Letters: n images.
 Unusual: of the same labels and seed a smaller fraction is part of a larger one, so that 1% of the labels are among the 10%.
 """
 
+from typing import Any
+
 import numpy as np
 
+from esvit.data.base import Decoder, ImageSet
+
 _FRACTION, _HELD_OUT = 0, 1  # what a generator is for: the first number of its key
+
+
+class Subset(ImageSet):
+    """The images of `images` at `indices` (n,) int64, with their labels where there are any."""
+
+    def __init__(self, images: ImageSet, indices: np.ndarray):
+        self.images = images
+        self.indices = indices
+        self.labels = None if images.labels is None else images.labels[indices]
+        self.class_names = images.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, decode: Decoder | None = None) -> Any:
+        return self.images.read(int(self.indices[index]), decode)
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
 
 
 def stratified_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

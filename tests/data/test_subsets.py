@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from esvit.evaluation.subsets import held_out, stratified_fraction
+from esvit.data.subsets import held_out, stratified_fraction
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 30, 10, 1]))
 
