@@ -51,28 +51,26 @@ def launch(config: Any) -> None:
         teachers = chain.of_kept_teachers(options)
         evaluations = chain.after_training(options)
         training = admit(options)
-        if training and launcher.returns_at_once:
-            launcher.check()
-            training |= {"tracking_run": announce(options)}
-        jobs = [job(each) for each in (training, *map(admit, evaluations)) if each is not None]
-        if jobs:
-            launcher.launch(jobs[0], then=jobs[1:], saved=job(teachers) if training and teachers else None)
+        left = [each for each in (training, *map(admit, evaluations)) if each is not None]
+        if not left:
+            return None
+        saved = job(teachers) if training and teachers else None
+        with prepared(left[0], launcher) as first:
+            launcher.launch(job(first), then=[job(each) for each in left[1:]], saved=saved)
     return None
 
 
-def announce(options: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the folder of a run that starts later, and its run in the tracking store; returns that run's id and page."""
-    from dataclasses import asdict
+def prepared(options: dict[str, Any], launcher: Any) -> Any:
+    """A context with the options of the first job: where it starts later, its folder and its run in the tracking store are made now."""
+    from contextlib import nullcontext
 
-    from esvit.run_folder import RunFolder
+    from conf.announcement import announced
+    from launchers.submission import RUN
 
-    if not options["has_run_folder"]:
-        return None
-    folder = RunFolder(options["output_dir"])
-    tracking = build(options["tracking"])
-    created = tracking.create(run_folder=folder.path, config=options["chosen"])
-    folder.begin(options["chosen"])
-    return asdict(created) if created else None
+    if not launcher.returns_at_once:
+        return nullcontext(options)
+    launcher.check(options["output_dir"], [RUN])
+    return announced(options, build(options["tracking"]))
 
 
 def print_plan(config: Any) -> None:

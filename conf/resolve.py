@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conf.schema import augmentations, data, models, running, tasks, training
 from esvit.errors import OptionError
 
 _CONF = Path(__file__).parent
+_OF_THE_COMMAND = {"plan", "planning", "search"}  # groups that no task refers to
 _REFERENCE = re.compile(r"\$\{(\w+)")
 
 
@@ -30,6 +32,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     _refuse_unknown(config, "")
     references = _plain(config, resolve=False)
     used = _used(references)
+    _warn_of_idle_options(references, used)
     missing = sorted(name for name in OmegaConf.missing_keys(config) if name.partition(".")[0] in used)
     if missing:
         raise OptionError(missing[0], "has no value", f"give one, e.g. {missing[0]}=...")
@@ -55,6 +58,15 @@ def _used(references: dict[str, Any]) -> set[str]:
             used.add(name)
             left += _REFERENCE.findall(str(references[name]))
     return used
+
+
+def _warn_of_idle_options(references: dict[str, Any], used: set[str]) -> None:
+    """Tell which typed options belong to a group that the task does not refer to."""
+    groups = {name for name, value in references.items() if isinstance(value, dict)} - used - _OF_THE_COMMAND
+    for override in HydraConfig.get().overrides.task:
+        name = override.partition("=")[0].lstrip("+~")
+        if "." in name and name.partition(".")[0] in groups:
+            warnings.warn(f"{name} has no effect: task={HydraConfig.get().runtime.choices.task} uses no {name.partition('.')[0]}", stacklevel=2)
 
 
 def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
@@ -115,7 +127,8 @@ def _names(schema: Any) -> set[str]:
 def _choices_that_know(name: str) -> list[str]:
     """Other choices of the group, e.g. "launcher=gpus" for launcher.processes."""
     group, _, option = name.partition(".")
-    schemas = {**models.SCHEMAS, **augmentations.SCHEMAS, **data.SCHEMAS, **training.SCHEMAS, **running.SCHEMAS, **tasks.SCHEMAS}
+    modules = (models, augmentations, data, training, running, tasks)
+    schemas = {name: schema for module in modules for name, schema in module.SCHEMAS.items()}
     owners = [schema for (each, schema), node in schemas.items() if each == group and option in _names(node)]
     presets = {file.stem: file.read_text() for file in sorted((_CONF / group).glob("*.yaml"))}
     return [f"{group}={preset}" for preset, text in presets.items() if any(f"/schema/{group}/{owner}@" in text for owner in owners)]

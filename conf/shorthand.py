@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,22 @@ def expand(arguments: list[str], *, planned: Mapping[str, dict[str, Any]] | None
 
 
 def with_task(arguments: list[str]) -> list[str]:
-    """`task.` before every option that belongs to the task and to nothing else."""
+    """`task.` before every option that belongs to the task and to nothing else, misspelt ones included, so that errors name it."""
     choices = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
     schema = tasks.SCHEMAS.get(("task", choices[-1] if choices else "pretrain"))
     if schema is None:
         return arguments
-    own = _names(schema) - _names(root.Root)
-    return [f"task.{argument}" if _option(argument) in own else argument for argument in arguments]
+    everywhere = _names(root.Root)
+    own = _names(schema) - everywhere
+    return [f"task.{argument}" if _is_meant(_option(argument), own, everywhere) else argument for argument in arguments]
+
+
+def _is_meant(name: str | None, own: set[str], everywhere: set[str]) -> bool:
+    """Whether `name` is one of `own`, or nearer to one of them than to any other option."""
+    if name is None or name in everywhere:
+        return False
+    nearest = difflib.get_close_matches(name, sorted(own | everywhere), n=1)
+    return bool(nearest) and nearest[0] in own
 
 
 def _option(argument: str) -> str | None:

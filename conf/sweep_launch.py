@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from conf.chain import Options
 from conf.sweep import Child, Sweep, open_sweep
 from esvit.errors import OptionError
 from esvit.run_folder import write_atomically
+from esvit.tracking.base import Status
+from esvit.tracking.mlflow import CHILDREN_TAG, PARENT_TAG
 from launchers.job import Job
-from launchers.submission import Main
+from launchers.submission import JobsFile, Main
 
 DESCRIPTION_NAME = "sweep.yaml"
-_PARENT_TAG = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,17 @@ def _launch_all(sweep: Sweep, children: list[Child], program: Program) -> None:
     unfinished = [each for each in admitted if each is not None]
     if not unfinished:
         return print(f"all {len(children)} runs of {sweep.folder} have finished; nothing to do")
+    built = program.build(launcher)
+    if built.returns_at_once:
+        built.check(sweep.folder, [each.child.name for each in unfinished])
+    is_new = not sweep.folder.exists()
     description.write()
     parent = _Parent(sweep, children[0].options, program)
-    mains = [each.main(program, parent.id, sweep.folder) for each in unfinished]
-    with parent.ended():
-        for group in _of_equal_length(mains):
-            program.build(launcher).launch_array(
+    siblings = len(children) if built.returns_at_once else None
+    groups = list(_of_equal_length([each.main(program, parent.id, sweep.folder, siblings) for each in unfinished]))
+    with parent.submitted(is_new) if built.returns_at_once else parent.ended():
+        for group in groups:
+            built.launch_array(
                 [main.job for main in group],
                 names=[main.name for main in group],
                 folder=sweep.folder,
@@ -83,11 +90,18 @@ class _Admitted:
         left = [options for options in admitted if options is not None]
         return cls(child, left) if left else None
 
-    def main(self, program: Program, parent: str | None, folder: Path) -> Main:
-        """folder  the sweep's"""
+    def main(self, program: Program, parent: str | None, folder: Path, siblings: int | None = None) -> Main:
+        """A job of the launcher.
+
+        parent    id of the sweep's run in the tracking store, or None
+        folder    the sweep's
+        siblings  how many children there are, where they have to tell how the sweep ended
+        """
         if parent is not None:
             for node in (self.child.options, self.child.options["chosen"]):
-                node["tracking"]["tags"][_PARENT_TAG] = parent
+                node["tracking"]["tags"][PARENT_TAG] = parent
+                if siblings is not None:
+                    node["tracking"]["tags"][CHILDREN_TAG] = str(siblings)
         jobs = [program.job(options) for options in self.options]
         if not self.child.options["has_run_folder"]:  # it writes where it was told to; what becomes of the job is noted here
             jobs = [dataclasses.replace(jobs[0], folder=str(folder / self.child.name))]
@@ -176,7 +190,29 @@ class _Parent:
             raise
         self._close("FINISHED", results)
 
-    def _close(self, status: str, results: Sequence[str]) -> None:
+    @contextlib.contextmanager
+    def submitted(self, is_new: bool) -> Iterator[None]:
+        """The children are submitted in the block, and will tell the store how the sweep ends.
+
+        is_new  whether the sweep's folder goes again if they are refused
+        """
+        self._close("SCHEDULED", ())  # before the children can have told anything
+        try:
+            yield
+        except SystemExit:
+            if is_new and self._is_without_jobs():
+                if self.tracking is not None:
+                    self.tracking.withdraw(run_folder=self.sweep.folder)
+                shutil.rmtree(self.sweep.folder)
+            else:
+                self._close("FAILED", ())
+            raise
+
+    def _is_without_jobs(self) -> bool:
+        file = JobsFile(self.sweep.folder)
+        return not file.path.exists() or all(entry.id is None for entry in file.read().jobs)
+
+    def _close(self, status: Status, results: Sequence[str]) -> None:
         if self.tracking is None:
             return
         tracker = self.tracking.open(run_folder=self.sweep.folder, config={}, is_main=True)

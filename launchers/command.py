@@ -35,12 +35,13 @@ class Command:
     grace_seconds: float
     python: str | None
 
-    def check(self) -> None:
-        """There is nothing to check before the template's command is run."""
+    def check(self, folder: str | Path, names: Sequence[str]) -> None:
+        """End this process with one line if one of these jobs of the folder still runs."""
+        refuse_running(folder, names)
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Submit a run; what follows it is run by the same command."""
-        refuse_running(job.folder, [RUN])
+        self.check(job.folder, [RUN])
         file = submission.prepare(job.folder, [Main(name=RUN, job=job, then=then, saved=saved)], launcher=submission.options_of(self))
         self.submit(file, [RUN])
         submission.tell({"submitted": file.read().entry(RUN).printed or RUN} | submission.place_lines(file, file.read()))
@@ -55,7 +56,7 @@ class Command:
         saved: Sequence[Job] = (),
     ) -> None:
         """Submit the children of a sweep one by one; how many run at once is the scheduler's business."""
-        refuse_running(folder, names)
+        self.check(folder, names)
         file = submission.prepare(folder, submission.children(jobs, names, then, saved), launcher=submission.options_of(self))
         self.submit(file, names)
         submission.tell({"submitted": f"{len(names)} runs"} | submission.place_lines(file, file.read()))
@@ -68,7 +69,13 @@ class Command:
                 script = self._write_script(file, content, entry)
                 for each in (entry, *content.of_role("then", name)):
                     children.renew(each, file)
-            printed = self._send(file, entry, script)
+            try:
+                printed = self._send(file, entry, script)
+            except SystemExit:  # there is no such job
+                with file.changing() as content:
+                    for each in (content.entry(name), *content.of_role("then", name)):
+                        each.id = None
+                raise
             with file.changing() as content:
                 content.entry(name).printed = printed
 

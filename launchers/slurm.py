@@ -63,8 +63,7 @@ class Slurm:
 
     def launch(self, job: Job, *, then: Sequence[Job] = (), saved: Job | None = None) -> None:
         """Submit a run and what follows it; ends this process with one line where that cannot be."""
-        self.check()
-        refuse_active(job.folder, [RUN])
+        self.check(job.folder, [RUN])
         file = submission.prepare(job.folder, [Main(name=RUN, job=job, then=then, saved=saved)], launcher=submission.options_of(self))
         self._submit_new(file, [RUN])
 
@@ -78,9 +77,8 @@ class Slurm:
         saved: Sequence[Job] = (),
     ) -> None:
         """Submit the children of a sweep as one array, and what follows them as further ones."""
-        self.check()
+        self.check(folder, names)
         mains = submission.children(jobs, names, then, saved)
-        refuse_active(folder, names)
         file = submission.prepare(folder, mains, launcher=submission.options_of(self))
         self._submit_new(file, names)
 
@@ -211,8 +209,8 @@ class Slurm:
         """The user's, the folder of the run or sweep, and the one that relative paths begin at."""
         return list(dict.fromkeys([*self.container_mounts, str(folder), cwd]))
 
-    def check(self) -> None:
-        """End this process with one line where an option cannot work."""
+    def check(self, folder: str | Path, names: Sequence[str]) -> None:
+        """End this process with one line where an option cannot work, or one of these jobs of the folder still waits or runs."""
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             sys.exit("error: launcher: 'slurm', but there is no sbatch here; submit where SLURM's commands are, or use launcher=gpus")
         least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "timeout_minutes": 1, "signal_delay_seconds": 1, "max_requeues": 0}
@@ -228,6 +226,7 @@ class Slurm:
         for each in self.extra:
             if not each.startswith("--"):
                 sys.exit(f"error: launcher.extra: '{each}' is no option of sbatch; write '--name=value'")
+        refuse_active(folder, names)
 
     def _tell(self, file: JobsFile, names: Sequence[str]) -> None:
         content = file.read()

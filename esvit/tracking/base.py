@@ -22,7 +22,7 @@ from esvit.tracking.files import FolderLock, replace_file
 from esvit.tracking.log import LogFile, Record, encode_number, read_records
 from esvit.tracking.state import StateFile
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]  # of a run that ends, or waits for jobs
 LOG_NAME = "log.jsonl"
 METRICS_NAME = "metrics.json"
 DIFF_NAME = "git.diff"
@@ -228,3 +228,6 @@ class NoTracking:
 
     def create(self, *, run_folder: Path, config: Mapping[str, Any]) -> None:
         """There is no store to tell of a job that will start later."""
+
+    def withdraw(self, *, run_folder: Path) -> None:
+        """Nor of one that will not start."""

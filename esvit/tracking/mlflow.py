@@ -56,7 +56,10 @@ _PARAMS_PER_CALL = 100
 _NAME_LENGTH = 250
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
-_PARENT_TAG = "mlflow.parentRunId"  # nests a run below another on MLflow's pages
+_MOST_CHILDREN = 50_000
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that was deleted
+PARENT_TAG = "mlflow.parentRunId"  # nests a run below another on MLflow's pages
+CHILDREN_TAG = "sweep.children"  # how many there are, where each tells the parent's run of its beginning and end
 
 _warnings = logging.getLogger(__name__)
 _importing = threading.RLock()
@@ -182,6 +185,8 @@ class RunSender:
             client.log_batch(run_id, tags=changed, synchronous=True)
         if is_live and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
+        if is_live:
+            self._tell_sweep(client, run.info.experiment_id)
         self._shown = dict(run.data.metrics)
         self._client = client
         self._file.update(
@@ -301,7 +306,7 @@ class RunSender:
         points = [Metric(_mlflow_name(name), float(value), state.final_time, state.host_step) for name, value in metrics.items()]
         for start in range(0, len(points), _METRICS_PER_CALL):
             client.log_batch(host.run_id, metrics=points[start : start + _METRICS_PER_CALL], synchronous=True)
-        client.set_tag(run_id, _PARENT_TAG, host.run_id)
+        client.set_tag(run_id, PARENT_TAG, host.run_id)
         self._file.update(host_run_id=host.run_id)
 
     def _shows(self, name: str, value: float) -> bool:
@@ -316,8 +321,27 @@ class RunSender:
             client.update_run(run_id, status=state.status)
         elif state.status != state.status_sent:
             client.set_terminated(run_id, status=state.status, end_time=state.end_time)
+            self._tell_sweep(client, str(state.experiment_id))
         if state.status != state.status_sent:
             self._file.update(status_sent=state.status)
+
+    def _tell_sweep(self, client: "MlflowClient", experiment_id: str) -> None:
+        """The parent of a sweep whose children start and end by themselves runs until the last has ended, and fails if one has."""
+        from mlflow.exceptions import MlflowException
+
+        parent, count = (self._file.state.tags.get(tag) for tag in (PARENT_TAG, CHILDREN_TAG))
+        if parent is None or count is None:
+            return
+        children = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=_MOST_CHILDREN)
+        ended = [child.info.status for child in children if child.info.status in ("FINISHED", "FAILED", "KILLED")]
+        try:
+            if len(ended) < int(count):
+                client.update_run(parent, status="RUNNING")
+            else:
+                client.set_terminated(parent, status="FINISHED" if set(ended) == {"FINISHED"} else "FAILED")
+        except MlflowException as error:
+            if error.error_code not in _GONE:
+                raise
 
     def _connected(self) -> "tuple[MlflowClient, str]":
         assert self._client is not None and self._file.state.run_id is not None, "connect() comes first"
@@ -551,6 +575,16 @@ class Mlflow:
             lock.release()
         run_id = state.state.run_id
         return CreatedRun(run_id, _page(state.state)) if run_id is not None else None
+
+    def withdraw(self, *, run_folder: Path) -> None:
+        """Take the run that `create` made out of the store again, since its job will not start; if need be with a warning instead."""
+        state = StateFile.open(run_folder, now_milliseconds=0)
+        if state.state.run_id is None:
+            return
+        try:
+            client_of(self.uri).delete_run(state.state.run_id)
+        except Exception as error:  # whatever a store or MLflow can raise
+            _warnings.warning("tracking: run %s stays in %s (%s)", state.state.run_id, state.state.uri, one_line(error))
 
     def _prepare(self, run_folder: Path, config: Mapping[str, Any]) -> tuple[FolderLock, StateFile]:
         _set_mlflow_environment()

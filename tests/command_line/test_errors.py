@@ -22,6 +22,7 @@ MISTAKES = {
     "misspelt key": (["head.hiden_dim=3"], "head.hiden_dim", "no such option", "did you mean head.hidden_dim?"),
     "key without likeness": (["head.zzz=3"], "head.zzz", "no such option", "hidden_dim"),
     "misspelt top-level key": (["epoch=3"], "epoch", "no such option", "did you mean epochs?"),
+    "misspelt option of the task": (["log_evry=5"], "task.log_evry", "no such option", "did you mean task.log_every?"),
     "new key": (["+new.key=1"], "new", "no such option", "there are"),
     "new key in a group": (["+data.rot=1"], "data.rot", "no such option", "did you mean data.root?"),
     "wrong type": (["epochs=many"], "epochs", "many", "give it a value of the right type"),
@@ -76,6 +77,11 @@ def test_a_missing_data_root_names_the_option(commands, tiny, tmp_path):
     assert line.startswith("data.root: ")
     assert "data.root=" in line.partition("; ")[2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_that_the_task_does_not_use_is_told(commands, tmp_path):
+    outcome = commands.run("task=finetune", "schedule.warmup_epochs=3", "data.root=/no/such/folder", f"output_dir={tmp_path / 'run'}")
+    assert outcome.err.splitlines()[0] == "warning: schedule.warmup_epochs has no effect: task=finetune uses no schedule"
 
 
 def test_a_file_as_output_folder_is_refused(commands, tiny, tmp_path):

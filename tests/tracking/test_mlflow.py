@@ -247,3 +247,31 @@ def test_ranks_but_the_first_stay_silent(tmp_path: Path) -> None:
     tracking: Mlflow = mlflow_tracking(f"sqlite:///{tmp_path}/mlflow.db")
     assert isinstance(tracking.open(run_folder=tmp_path / "run", config={}, is_main=False), SilentTracker)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_sweep_runs_until_its_last_child_ends_and_fails_if_one_does(store_uri, tmp_path):
+    parent = mlflow_tracking(store_uri).create(run_folder=tmp_path / "sweep", config={})
+    assert parent is not None
+    tags = {"mlflow.parentRunId": parent.run_id, "sweep.children": "2"}
+
+    def child(name: str, status: str) -> str:
+        tracker = start(store_uri, tmp_path / name, tags=tags)
+        tracker.resume(0)
+        log_steps(tracker, range(1, 3))
+        tracker.close(status)
+        return client_of(store_uri).get_run(parent.run_id).info.status
+
+    assert client_of(store_uri).get_run(parent.run_id).info.status == "SCHEDULED"
+    assert child("0", "FAILED") == "RUNNING"
+    assert child("1", "FINISHED") == "FAILED"
+    assert child("0", "FINISHED") == "FINISHED"  # tried again
+
+
+def test_a_child_is_sent_though_somebody_has_deleted_the_run_of_its_sweep(store_uri, tmp_path):
+    parent = mlflow_tracking(store_uri).create(run_folder=tmp_path / "sweep", config={})
+    client_of(store_uri).delete_run(parent.run_id)
+    tracker = start(store_uri, tmp_path / "child", tags={"mlflow.parentRunId": parent.run_id, "sweep.children": "1"})
+    log_steps(tracker, range(1, 4))
+    tracker.close("FINISHED")
+    assert steps_of(store_uri, tracker.run_id) == [1, 2, 3]
+    assert client_of(store_uri).get_run(tracker.run_id).info.status == "FINISHED"
