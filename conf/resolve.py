@@ -66,7 +66,9 @@ def _warn_of_idle_options(references: dict[str, Any], used: set[str]) -> None:
     for override in HydraConfig.get().overrides.task:
         name = override.partition("=")[0].lstrip("+~")
         if "." in name and name.partition(".")[0] in groups:
-            warnings.warn(f"{name} has no effect: task={HydraConfig.get().runtime.choices.task} uses no {name.partition('.')[0]}", stacklevel=2)
+            warnings.warn(
+                f"{name} has no effect: task={HydraConfig.get().runtime.choices.task} uses no {name.partition('.')[0]}", stacklevel=2
+            )
 
 
 def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
