@@ -238,6 +238,7 @@ class Parts:
             runtime=self._runtime,
             global_count=GLOBAL_CROPS,
             accumulation=1,
+            parts=self._config.task.parts,
             mixing=None,
             phase=timer,
         )

@@ -63,12 +63,12 @@ def _used(references: dict[str, Any]) -> set[str]:
 def _warn_of_idle_options(references: dict[str, Any], used: set[str]) -> None:
     """Tell which typed options belong to a group that the task does not refer to."""
     groups = {name for name, value in references.items() if isinstance(value, dict)} - used - _OF_THE_COMMAND
+    task = HydraConfig.get().runtime.choices["task"]
     for override in HydraConfig.get().overrides.task:
         name = override.partition("=")[0].lstrip("+~")
-        if "." in name and name.partition(".")[0] in groups:
-            warnings.warn(
-                f"{name} has no effect: task={HydraConfig.get().runtime.choices.task} uses no {name.partition('.')[0]}", stacklevel=2
-            )
+        group = name.partition(".")[0]
+        if "." in name and group in groups:
+            warnings.warn(f"{name} has no effect: task={task} uses no {group}", stacklevel=2)
 
 
 def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:

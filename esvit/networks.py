@@ -3,7 +3,7 @@
 Letters as in records.py: B images, N regions, D backbone width, E embedding width, K prototypes.
 """
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,19 @@ class MultiCropNetwork(nn.Module):
         self.region_head = region_head
         self.region_prototypes = region_prototypes
 
+    def passes(self, crops: list[Tensor], *, parts: int) -> list[slice]:
+        """Groups of crops that may pass the network one after the other with the same result: `parts` of the adjacent ones of one size.
+
+        Batch norm sees the same crops together as in the paper's code: in the backbone all of one size, in the heads all there are.
+        """
+        if any(_has_batch_norm(head) for head in (self.view_head, self.region_head)):
+            return [slice(0, len(crops))]
+        groups = _of_equal_size(crops)
+        return groups if _has_batch_norm(self.backbone) else [part for group in groups for part in _in_parts(group, parts)]
+
     def forward(self, crops: list[Tensor]) -> list[NetworkOutput]:
-        """One output per crop (B, C, H_v, W_v). Adjacent crops of one size pass the backbone together; each head runs
-        once on everything, so that its batch norm, where it has one, sees all crops as in the paper's code."""
-        features = [part for group in _groups_of_equal_size(crops) for part in _encode_group(self.backbone, group)]
+        """One output per crop (B, C, H_v, W_v). Adjacent crops of one size pass the backbone together, and all crops each head."""
+        features = [part for group in _of_equal_size(crops) for part in _encode_group(self.backbone, crops[group])]
         views = self.view_head(torch.cat([each.pooled for each in features])).chunk(len(crops))
         regions = self._embed_regions(features)
         return [
@@ -63,6 +72,10 @@ class MultiCropNetwork(nn.Module):
         counts = [each.regions.shape[0] * each.regions.shape[1] for each in features]
         parts = self.region_head(rows).split(counts)
         return [part.unflatten(0, each.regions.shape[:2]) for part, each in zip(parts, features, strict=True)]
+
+
+def _has_batch_norm(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +116,16 @@ class HeadOptions:
         return Prototypes(count=self.prototypes, bottleneck_dim=self.bottleneck_dim, norm_last_layer=self.norm_last_layer)
 
 
-def _groups_of_equal_size(crops: list[Tensor]) -> Iterator[list[Tensor]]:
-    group: list[Tensor] = []
-    for crop in crops:
-        if group and crop.shape != group[0].shape:
-            yield group
-            group = []
-        group.append(crop)
-    yield group
+def _of_equal_size(crops: list[Tensor]) -> list[slice]:
+    begins = [number for number, crop in enumerate(crops) if number == 0 or crop.shape != crops[number - 1].shape]
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(crops)], strict=True)]
+
+
+def _in_parts(group: slice, parts: int) -> list[slice]:
+    """As equal as they can be, and none empty."""
+    count = group.stop - group.start
+    ends = [group.start + count * part // parts for part in range(parts + 1)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(ends) if begin < end]
 
 
 def _encode_group(backbone: Backbone, group: list[Tensor]) -> list[Features]:

@@ -11,7 +11,7 @@ Unusual here:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,13 @@ class StudentOptimizer:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (0-d); with gradient accumulation the caller divides each micro-batch's loss by their number."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def backward_from(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Go on backwards from tensors whose gradients of the loss are known, (tensor, gradient) each; nothing to do without any."""
+        if self.scaler is not None:
+            pairs = [(tensor, self.scaler.scale(gradient)) for tensor, gradient in pairs]
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ class NetworkOutput:
     features: Tensor | None
     pooled: Tensor
 
+    def detached(self) -> "NetworkOutput":
+        return replace(self, view=self.view.detach(), region=None if self.region is None else self.region.detach())
+
 
 @dataclass(frozen=True)
 class PrototypeWeights:
@@ -84,7 +87,7 @@ class PrototypeWeights:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalars of one batch. `total` carries the gradient; the others are detached, None where there is no such term."""
+    """Scalars of a batch, or of some of its crops. `total` carries the gradient; `view` and `region` do not."""
 
     total: Tensor
     view: Tensor

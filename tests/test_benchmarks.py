@@ -149,6 +149,7 @@ def test_the_plain_step_is_the_products_mathematics(kind: str):
         runtime=runtime,
         global_count=2,
         accumulation=1,
+        parts=2,
         mixing=None,
         phase=ours,
     )

@@ -1,15 +1,16 @@
 """The EsViT loss: a weighted sum of view-level and region-level matching, with one centre each."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from esvit.losses.base import MatchingLoss, PrototypeGradients
 from esvit.losses.prototypes import updated_center
-from esvit.losses.region import region_cross_entropy, region_embeddings
-from esvit.losses.view import view_cross_entropy
+from esvit.losses.region import RegionMatching, region_embeddings
+from esvit.losses.view import ViewMatching
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
 
-class ViewRegionLoss(nn.Module):
+class ViewRegionLoss(MatchingLoss):
     """View and region loss (the original's DDINOLoss, weights 0.5 and 0.5), with the centres `center` and `center_region` (1, K)."""
 
     needs_regions = True
@@ -28,45 +29,39 @@ class ViewRegionLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))
         self.register_buffer("center_region", torch.zeros(1, prototypes))
 
-    def forward(
+    def against(
         self,
-        student_outputs: list[NetworkOutput],
         teacher_outputs: list[NetworkOutput],
         student_prototypes: PrototypeWeights,
         teacher_prototypes: PrototypeWeights,
         temperature: float,
-        mixing: Tensor | None = None,
-    ) -> LossTerms:
-        """Loss of V student crops against G teacher views of the same B images; the first G crops are the teacher's views.
-
-        temperature  the teacher's
-        mixing       (V, B student, B teacher) as in `ViewLoss`; regions are matched inside each teacher image and summed
-                     by its weight
-        Raises ValueError if the outputs carry no regions.
-        """
+        *,
+        crops: int,
+    ) -> "_ViewAndRegion":
+        """As in MatchingLoss. Raises ValueError if outputs or prototypes are without regions."""
         regions, teacher_regions = _region_matrices(student_prototypes, teacher_prototypes)
-        view = view_cross_entropy(
-            student_outputs,
-            teacher_outputs,
-            student_prototypes.view,
-            teacher_prototypes.view,
-            self.center,
-            student_temperature=self.student_temperature,
-            teacher_temperature=temperature,
-            mixing=mixing,
+        return _ViewAndRegion(
+            ViewMatching(
+                teacher_outputs,
+                student_prototypes.view,
+                teacher_prototypes.view,
+                self.center,
+                crops=crops,
+                student_temperature=self.student_temperature,
+                teacher_temperature=temperature,
+            ),
+            RegionMatching(
+                teacher_outputs,
+                regions,
+                teacher_regions,
+                self.center_region,
+                crops=crops,
+                student_temperature=self.student_temperature,
+                teacher_temperature=temperature,
+            ),
+            view_weight=self.view_weight,
+            region_weight=self.region_weight,
         )
-        region = region_cross_entropy(
-            student_outputs,
-            teacher_outputs,
-            regions,
-            teacher_regions,
-            self.center_region,
-            student_temperature=self.student_temperature,
-            teacher_temperature=temperature,
-            mixing=mixing,
-        )
-        total = self.view_weight * view + self.region_weight * region
-        return LossTerms(total=total, view=view.detach(), region=region.detach())
 
     def update_center(
         self, teacher_outputs: list[NetworkOutput], teacher_prototypes: PrototypeWeights, finite: Tensor | None = None
@@ -81,6 +76,24 @@ class ViewRegionLoss(nn.Module):
         matrix, _ = _region_matrices(teacher_prototypes, teacher_prototypes)
         self.center.copy_(updated_center(self.center, views, teacher_prototypes.view, momentum=self.center_momentum, finite=finite))
         self.center_region.copy_(updated_center(self.center_region, regions, matrix, momentum=self.center_momentum, finite=finite))
+
+
+class _ViewAndRegion:
+    def __init__(self, view: ViewMatching, region: RegionMatching, *, view_weight: float, region_weight: float):
+        self._view, self._region = view, region
+        self._view_weight, self._region_weight = view_weight, region_weight
+
+    def terms(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> LossTerms:
+        view, region = self._view(outputs, group, mixing), self._region(outputs, group, mixing)
+        total = self._view_weight * view + self._region_weight * region
+        return LossTerms(total=total, view=view.detach(), region=region.detach())
+
+    def prototype_gradients(self) -> PrototypeGradients:
+        view, region = self._view.matching.prototypes_gradient(), self._region.matching.prototypes_gradient()
+        return PrototypeGradients(
+            view=None if view is None else view.mul_(self._view_weight),
+            region=None if region is None else region.mul_(self._region_weight),
+        )
 
 
 def _region_matrices(student: PrototypeWeights, teacher: PrototypeWeights) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,13 @@ temperatures s (student) and t (teacher):
 
 so the pairs (i, j) meet in E dimensions (`pull`, built by the caller) and each row meets the K prototypes once. Rows are taken
 in chunks; because the weight of each row in the total is known beforehand, the chunk that has the softmax at hand also
-writes the gradients, all of them (rows, E) or (K, E), and `backward` only scales them. Nothing is computed twice.
+writes the gradients, all of them (rows, E) or (K, E), and `backward` only scales them.
 
-Letters: R student rows, S teacher rows, E embedding width, K prototypes.
+The total is a sum over student rows, so these may come in groups, each of which can pass its backward before the next one is
+made: only one group's activations live at a time. The prototypes' gradient is added up beside autograd. Its teacher part needs
+the pulls of all groups and comes last, which makes the targets a second time: the one thing that is computed twice.
+
+Letters: R student rows of a group, S teacher rows, E embedding width, K prototypes.
 """
 
 import torch
@@ -27,98 +31,113 @@ CPU_CHUNK_BYTES = 64 * 2**20
 DEVICE_CHUNK_BYTES = 256 * 2**20
 
 
-def matching_cross_entropy(
-    students: Tensor,
-    mass: Tensor,
-    pulls: Tensor,
-    prototypes: Tensor,
-    teachers: Tensor,
-    teacher_prototypes: Tensor,
-    center: Tensor,
-    *,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> Tensor:
-    """The `total` of the module's formula, a float32 (or float64) scalar with gradients for students, pulls and prototypes only.
+class Matching:
+    """The `total` of the module's formula, for the teacher rows of one micro-batch and group after group of student rows.
 
-    students (R, E), mass (R,), pulls (S, E), prototypes (K, E), teachers (S, E), teacher_prototypes (K, E), center (1, K).
-    Embeddings need not be unit vectors. Under autocast the matrix products run in its dtype, everything else in float32.
+    prototypes (K, E), teachers (S, E), teacher_prototypes (K, E), center (1, K); nothing of the teacher's gets a gradient.
+    Embeddings need not be unit vectors. Under autocast the matrix products run in its dtype, everything else in float32 (or float64).
     """
-    device = students.device.type
-    dtype = torch.promote_types(students.dtype, torch.float32)
-    product_dtype = dtype
-    if torch.is_autocast_enabled(device) and dtype == torch.float32:
-        product_dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return _MatchingCrossEntropy.apply(
-            students.to(dtype),
-            pulls.to(dtype),
-            prototypes.to(dtype),
-            mass.detach().to(dtype),
-            teachers.detach().to(dtype),
-            teacher_prototypes.detach().to(dtype),
-            center.to(dtype),
-            student_temperature,
-            teacher_temperature,
-            product_dtype,
-            torch.is_grad_enabled(),
-        )
 
-
-class _MatchingCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        students: Tensor,
-        pulls: Tensor,
+    def __init__(
+        self,
+        *,
         prototypes: Tensor,
-        mass: Tensor,
         teachers: Tensor,
         teacher_prototypes: Tensor,
         center: Tensor,
         student_temperature: float,
         teacher_temperature: float,
-        product_dtype: torch.dtype,
-        grad_enabled: bool,
-    ) -> Tensor:
-        def gradient_of(index: int, value: Tensor) -> Tensor | None:
-            return torch.zeros_like(value) if grad_enabled and ctx.needs_input_grad[index] else None
+    ):
+        device = prototypes.device.type
+        dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
+        product_dtype = dtype
+        if torch.is_autocast_enabled(device) and dtype == torch.float32:
+            product_dtype = torch.get_autocast_dtype(device)
+        self.dtype = dtype
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self._product_dtype = product_dtype
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            self.matrix = prototypes.detach().to(product_dtype)
+            self._teachers = teachers.detach().to(dtype)
+            self._teacher_matrix = teacher_prototypes.detach().to(product_dtype)
+            self._shift = center.to(dtype) / teacher_temperature
+            self._expected = torch.empty_like(self._teachers)  # q_j W / -s: a pull's gradient
+            chunks = self.chunks_for(len(teachers))
+            for rows in chunks.of(self._teachers):
+                self._expected[rows] = chunks.mix(self._targets(chunks, rows), self.matrix) / -student_temperature
+            self._pulls = torch.zeros_like(self._teachers)
+        is_trained = prototypes.requires_grad and torch.is_grad_enabled()
+        self.gradient = torch.zeros(prototypes.shape, dtype=dtype, device=prototypes.device) if is_trained else None
 
-        students_grad = gradient_of(0, students)
-        pulls_grad = gradient_of(1, pulls)
-        prototypes_grad = gradient_of(2, prototypes)
+    def __call__(self, students: Tensor, mass: Tensor, pulls: Tensor) -> Tensor:
+        """The part of the total of a group: students (R, E), mass (R,), pulls (S, E). A scalar with gradients for students and pulls."""
+        with torch.autocast(students.device.type, enabled=False):
+            pulls = pulls.to(self.dtype)
+            self._pulls += pulls.detach()
+            rows = _StudentRows.apply(students.to(self.dtype), mass.detach().to(self.dtype), self, torch.is_grad_enabled())
+            return rows + (pulls * self._expected).sum()
 
-        chunks = _Chunks(max(len(students), len(teachers)), prototypes, product_dtype)
-        student_matrix = prototypes.to(product_dtype)
+    @torch.no_grad()
+    def prototypes_gradient(self) -> Tensor | None:
+        """(K, E): the total's gradient for the prototypes, once all groups have been called; None where they are frozen."""
+        if self.gradient is None:
+            return None
+        with torch.autocast(self.gradient.device.type, enabled=False):
+            chunks = self.chunks_for(len(self._teachers))
+            for rows in chunks.of(self._teachers):
+                chunks.add_outer(self.gradient, self._targets(chunks, rows), self._pulls[rows] / -self.student_temperature)
+        return self.gradient
+
+    def chunks_for(self, rows: int) -> "_Chunks":
+        return _Chunks(rows, len(self.matrix), self.dtype, self._product_dtype, self.matrix.device)
+
+    def _targets(self, chunks: "_Chunks", rows: slice) -> Tensor:
+        targets, _ = chunks.softmax(self._teachers[rows] / self.teacher_temperature, self._teacher_matrix, self._shift)
+        return targets
+
+
+class _StudentRows(torch.autograd.Function):
+    """sum_i mass_i * logsumexp(W h_i / s); the prototypes' gradient is added to that of `matching`, for a total of weight one."""
+
+    @staticmethod
+    def forward(ctx, students: Tensor, mass: Tensor, matching: Matching, grad_enabled: bool) -> Tensor:
+        gradient = torch.empty_like(students) if grad_enabled and ctx.needs_input_grad[0] else None
+        chunks = matching.chunks_for(len(students))
         total = students.new_zeros(())
         for rows in chunks.of(students):
-            softmax, logsumexp = chunks.softmax(students[rows] / student_temperature, student_matrix)
+            softmax, logsumexp = chunks.softmax(students[rows] / matching.student_temperature, matching.matrix)
             total += mass[rows].dot(logsumexp)
-            weight = mass[rows, None] / student_temperature
-            if students_grad is not None:
-                students_grad[rows] = chunks.mix(softmax, student_matrix) * weight
-            if prototypes_grad is not None:
-                chunks.add_outer(prototypes_grad, softmax, students[rows] * weight)
-
-        teacher_matrix = teacher_prototypes.to(product_dtype)
-        shift = center / teacher_temperature
-        for rows in chunks.of(teachers):
-            targets, _ = chunks.softmax(teachers[rows] / teacher_temperature, teacher_matrix, shift)
-            expected = chunks.mix(targets, student_matrix) / -student_temperature  # q_j W, the target's mean prototype
-            total += pulls[rows].flatten().dot(expected.flatten())
-            if pulls_grad is not None:
-                pulls_grad[rows] = expected
-            if prototypes_grad is not None:
-                chunks.add_outer(prototypes_grad, targets, pulls[rows] / -student_temperature)
-
-        ctx.save_for_backward(students_grad, pulls_grad, prototypes_grad)
+            weight = mass[rows, None] / matching.student_temperature
+            if gradient is not None:
+                gradient[rows] = chunks.mix(softmax, matching.matrix) * weight
+            if grad_enabled and matching.gradient is not None:
+                chunks.add_outer(matching.gradient, softmax, students[rows] * weight)
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
-        gradients = [None if gradient is None else gradient * scale for gradient in ctx.saved_tensors]
-        return *gradients, *[None] * 8
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * scale, None, None, None
+
+
+class WithGradients(torch.autograd.Function):
+    """A scalar whose gradients for some tensors are known already: `apply(total, tensors and their gradients, in turn)`."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        gradients: list[Tensor | None] = [scale]
+        for gradient in ctx.saved_tensors:
+            gradients += [gradient * scale, None]
+        return tuple(gradients)
 
 
 class _Chunks:
@@ -128,14 +147,13 @@ class _Chunks:
     the weight of one row in the total are below. Both are scaled up, so far that their product, summed over a chunk, still fits.
     """
 
-    def __init__(self, most_rows: int, prototypes: Tensor, product_dtype: torch.dtype):
-        budget = CPU_CHUNK_BYTES if prototypes.device.type == "cpu" else DEVICE_CHUNK_BYTES
-        count = len(prototypes)
+    def __init__(self, most_rows: int, count: int, dtype: torch.dtype, product_dtype: torch.dtype, device: torch.device):
+        budget = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
         self.rows = min(most_rows, max(1, budget // (4 * count)))
-        self.logits = prototypes.new_empty(self.rows, count)
-        self.probabilities = prototypes.new_empty(self.rows, count)
+        self.logits = torch.empty(self.rows, count, dtype=dtype, device=device)
+        self.probabilities = torch.empty_like(self.logits)
         self.product_dtype = product_dtype
-        self.is_exact = product_dtype == prototypes.dtype
+        self.is_exact = product_dtype == dtype
         self.lift = 2.0**15 / self.rows if product_dtype == torch.float16 else 1.0
 
     def of(self, tensor: Tensor) -> list[slice]:

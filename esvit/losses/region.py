@@ -2,7 +2,7 @@
 
 "Most similar" is by cosine similarity of the backbone's region features, before the head, without gradient.
 
-Letters: V student crops, G teacher (global) views, B images, N regions of one view, T regions of all V crops of an image,
+Letters: V student crops, G teacher (global) views, B images, N regions of one view, T regions of all crops of a group in an image,
 D backbone width, E embedding width, K prototypes.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit.losses.prototypes import matching_cross_entropy
+from esvit.losses.prototypes import Matching
 from esvit.losses.view import pair_weights
 from esvit.records import NetworkOutput
 
@@ -37,63 +37,74 @@ def nearest_regions(student: Tensor, teacher: Tensor) -> Tensor:
     return (student @ F.normalize(teacher, dim=-1).mT).argmax(dim=-1)
 
 
-def region_cross_entropy(
-    student_outputs: list[NetworkOutput],
-    teacher_outputs: list[NetworkOutput],
-    student_prototypes: Tensor,
-    teacher_prototypes: Tensor,
-    center: Tensor,
-    *,
-    student_temperature: float,
-    teacher_temperature: float,
-    mixing: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy averaged over pairs (teacher view i, student crop v != i), images and the regions of the crop.
+class RegionMatching:
+    """The region loss of one micro-batch, group of crops by group: cross-entropy averaged over pairs (teacher view i, student crop
+    v != i), images and the regions of the crop. The region part of the original's DDINOLoss.
 
-    The region part of the original's DDINOLoss. With `mixing` (V, B student, B teacher) a student region is matched inside
-    each teacher image, and the cross-entropies are summed by the images' weights (the original ignores mixing here).
+    crops  V, of all groups together
     """
-    counts = [region_embeddings(output).shape[1] for output in student_outputs]
-    students = torch.cat([region_embeddings(output) for output in student_outputs], dim=1)  # (B, T, E)
-    teachers = [region_embeddings(output) for output in teacher_outputs]
-    with torch.autocast(students.device.type, enabled=False):
-        students = students.to(torch.promote_types(students.dtype, torch.float32))
-        student_features = torch.cat([region_features(output) for output in student_outputs], dim=1).to(students.dtype)
-        pair_weight = pair_weights(len(teacher_outputs), len(student_outputs), students) / len(students)
-        weights = torch.cat([(pair_weight[:, [crop]] / count).expand(-1, count) for crop, count in enumerate(counts)], dim=1)  # (G, T)
-        if mixing is None:
-            mass = weights.sum(0).expand(students.shape[:2])
-        else:
-            mixing = torch.cat([mixing[crop, :, None].expand(-1, count, -1) for crop, count in enumerate(counts)], dim=1).to(
-                students.dtype
-            )  # (B student, T, B teacher)
-            mass = weights.sum(0) * mixing.sum(2)
 
-        pulls = []  # per teacher view (B, N, E)
-        for view, output in enumerate(teacher_outputs):
-            teacher_features = region_features(output).to(students.dtype)
+    def __init__(
+        self,
+        teacher_outputs: list[NetworkOutput],
+        student_prototypes: Tensor,
+        teacher_prototypes: Tensor,
+        center: Tensor,
+        *,
+        crops: int,
+        student_temperature: float,
+        teacher_temperature: float,
+    ):
+        self._crops = crops
+        self.matching = Matching(
+            prototypes=student_prototypes,
+            teachers=torch.cat([region_embeddings(output).flatten(0, 1) for output in teacher_outputs]),
+            teacher_prototypes=teacher_prototypes,
+            center=center,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+        self._teacher_features = [region_features(output).to(self.matching.dtype) for output in teacher_outputs]
+
+    def __call__(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> Tensor:
+        """The share of the crops `group` in the loss: their `outputs`; mixing (V, B student, B teacher) of all crops, or None.
+
+        With `mixing` a student region is matched inside each teacher image, and the cross-entropies are summed by the images' weights
+        (the original ignores mixing here).
+        """
+        counts = [region_embeddings(output).shape[1] for output in outputs]
+        students = torch.cat([region_embeddings(output) for output in outputs], dim=1)  # (B, T, E)
+        with torch.autocast(students.device.type, enabled=False):
+            students = students.to(self.matching.dtype)
+            features = torch.cat([region_features(output) for output in outputs], dim=1).to(students.dtype)
+            pairs = pair_weights(len(self._teacher_features), self._crops, students)[:, group] / len(students)
+            weights = torch.cat([(pairs[:, [crop]] / count).expand(-1, count) for crop, count in enumerate(counts)], dim=1)  # (G, T)
             if mixing is None:
-                assigned = _one_hot(nearest_regions(student_features, teacher_features), teacher_features, weights[view])
-                pulls.append(assigned.mT @ students)
-                continue
-            # Which weights are zero is known on the device only: to ask would stop the host, so all images are matched.
-            images = []
-            for image, features in enumerate(teacher_features):
-                shares = weights[view] * mixing[:, :, image]
-                assigned = _one_hot(nearest_regions(student_features, features), features, shares)
-                images.append(assigned.flatten(0, 1).mT @ students.flatten(0, 1))
-            pulls.append(torch.stack(images))
-    return matching_cross_entropy(
-        students.flatten(0, 1),
-        mass.flatten(),
-        torch.cat([pull.flatten(0, 1) for pull in pulls]),
-        student_prototypes,
-        torch.cat([teacher.flatten(0, 1) for teacher in teachers]),
-        teacher_prototypes,
-        center,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-    )
+                mass = weights.sum(0).expand(students.shape[:2])
+                pulls = [self._pull(view, features, students, weights[view]) for view in range(len(weights))]
+            else:
+                shares = [mixing[group][crop, :, None].expand(-1, count, -1) for crop, count in enumerate(counts)]
+                mixing = torch.cat(shares, dim=1).to(students.dtype)  # (B student, T, B teacher)
+                mass = weights.sum(0) * mixing.sum(2)
+                pulls = [self._mixed_pull(view, features, students, weights[view], mixing) for view in range(len(weights))]
+        return self.matching(students.flatten(0, 1), mass.flatten(), torch.cat([pull.flatten(0, 1) for pull in pulls]))
+
+    def _pull(self, view: int, features: Tensor, students: Tensor, weights: Tensor) -> Tensor:
+        """(B, N, E): what pulls at each region of a teacher view; features (B, T, D), students (B, T, E), weights (T,)."""
+        teacher = self._teacher_features[view]
+        assigned = _one_hot(nearest_regions(features, teacher), teacher, weights)
+        return assigned.mT @ students
+
+    def _mixed_pull(self, view: int, features: Tensor, students: Tensor, weights: Tensor, mixing: Tensor) -> Tensor:
+        """The same where student images are made of several teacher images: mixing (B student, T, B teacher).
+
+        Which weights are zero is known on the device only: to ask would stop the host, so all images are matched.
+        """
+        images = []
+        for image, teacher in enumerate(self._teacher_features[view]):
+            assigned = _one_hot(nearest_regions(features, teacher), teacher, weights * mixing[:, :, image])
+            images.append(assigned.flatten(0, 1).mT @ students.flatten(0, 1))
+        return torch.stack(images)
 
 
 def _one_hot(nearest: Tensor, teacher_features: Tensor, weights: Tensor) -> Tensor:

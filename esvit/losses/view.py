@@ -4,9 +4,10 @@ Letters: V student crops, G teacher (global) views, B images, E embedding width,
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from esvit.losses.prototypes import matching_cross_entropy, updated_center
+from esvit.losses.base import MatchingLoss, PrototypeGradients
+from esvit.losses.prototypes import Matching, updated_center
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
 
@@ -19,47 +20,51 @@ def pair_weights(teacher_count: int, student_count: int, like: Tensor) -> Tensor
     return (1 - torch.eye(teacher_count, student_count, dtype=like.dtype, device=like.device)) / pairs
 
 
-def view_cross_entropy(
-    student_outputs: list[NetworkOutput],
-    teacher_outputs: list[NetworkOutput],
-    student_prototypes: Tensor,
-    teacher_prototypes: Tensor,
-    center: Tensor,
-    *,
-    student_temperature: float,
-    teacher_temperature: float,
-    mixing: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy averaged over the pairs (teacher view i, student crop v != i) and over the images.
+class ViewMatching:
+    """The view loss of one micro-batch, group of crops by group: cross-entropy averaged over the pairs (teacher view i, student crop
+    v != i) and over the images. The original's DINOLoss.
 
-    The original's DINOLoss. `mixing` (V, B student, B teacher): how much of each teacher image is in each student image.
+    crops  V, of all groups together
     """
-    students = torch.stack([output.view for output in student_outputs])  # (V, B, E)
-    teachers = torch.stack([output.view for output in teacher_outputs])  # (G, B, E)
-    with torch.autocast(students.device.type, enabled=False):
-        students = students.to(torch.promote_types(students.dtype, torch.float32))
-        weights = pair_weights(len(teachers), len(students), students) / students.shape[1]
-        if mixing is None:
-            mass = weights.sum(0)[:, None].expand(students.shape[:2])
-            pulls = torch.einsum("gv,vbe->gbe", weights, students)
-        else:
-            mixing = mixing.to(students.dtype)
-            mass = weights.sum(0)[:, None] * mixing.sum(2)
-            pulls = torch.einsum("gvbj,vbe->gje", weights[:, :, None, None] * mixing, students)
-    return matching_cross_entropy(
-        students.flatten(0, 1),
-        mass.flatten(),
-        pulls.flatten(0, 1),
-        student_prototypes,
-        teachers.flatten(0, 1),
-        teacher_prototypes,
-        center,
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-    )
+
+    def __init__(
+        self,
+        teacher_outputs: list[NetworkOutput],
+        student_prototypes: Tensor,
+        teacher_prototypes: Tensor,
+        center: Tensor,
+        *,
+        crops: int,
+        student_temperature: float,
+        teacher_temperature: float,
+    ):
+        self._views, self._crops = len(teacher_outputs), crops
+        self.matching = Matching(
+            prototypes=student_prototypes,
+            teachers=torch.cat([output.view for output in teacher_outputs]),
+            teacher_prototypes=teacher_prototypes,
+            center=center,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+
+    def __call__(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> Tensor:
+        """The share of the crops `group` in the loss: their `outputs`; mixing (V, B student, B teacher) of all crops, or None."""
+        students = torch.stack([output.view for output in outputs])  # (v, B, E), v crops of the group
+        with torch.autocast(students.device.type, enabled=False):
+            students = students.to(self.matching.dtype)
+            weights = pair_weights(self._views, self._crops, students)[:, group] / students.shape[1]
+            if mixing is None:
+                mass = weights.sum(0)[:, None].expand(students.shape[:2])
+                pulls = torch.einsum("gv,vbe->gbe", weights, students)
+            else:
+                mixing = mixing[group].to(students.dtype)
+                mass = weights.sum(0)[:, None] * mixing.sum(2)
+                pulls = torch.einsum("gvbj,vbe->gje", weights[:, :, None, None] * mixing, students)
+        return self.matching(students.flatten(0, 1), mass.flatten(), pulls.flatten(0, 1))
 
 
-class ViewLoss(nn.Module):
+class ViewLoss(MatchingLoss):
     """The view loss alone, with its centre `center` (1, K)."""
 
     needs_regions = False
@@ -74,33 +79,26 @@ class ViewLoss(nn.Module):
         """Allocate the centre on the CPU, once the number K of prototypes is known and before `.to(device)`."""
         self.register_buffer("center", torch.zeros(1, prototypes))
 
-    def forward(
+    def against(
         self,
-        student_outputs: list[NetworkOutput],
         teacher_outputs: list[NetworkOutput],
         student_prototypes: PrototypeWeights,
         teacher_prototypes: PrototypeWeights,
         temperature: float,
-        mixing: Tensor | None = None,
-    ) -> LossTerms:
-        """Loss of V student crops against G teacher views of the same B images; the first G crops are the teacher's views.
-
-        temperature  the teacher's
-        mixing       (V, B student, B teacher) or None for the identity: mixing[v, b, j] is the share of teacher image j in
-                     image b of student crop v, rows need not sum to 1. The original's mixup targets are indexed
-                     [teacher, student] instead (right only for symmetric ones): transpose them to compare.
-        """
-        view = view_cross_entropy(
-            student_outputs,
-            teacher_outputs,
-            student_prototypes.view,
-            teacher_prototypes.view,
-            self.center,
-            student_temperature=self.student_temperature,
-            teacher_temperature=temperature,
-            mixing=mixing,
+        *,
+        crops: int,
+    ) -> "_ViewOnly":
+        return _ViewOnly(
+            ViewMatching(
+                teacher_outputs,
+                student_prototypes.view,
+                teacher_prototypes.view,
+                self.center,
+                crops=crops,
+                student_temperature=self.student_temperature,
+                teacher_temperature=temperature,
+            )
         )
-        return LossTerms(total=view, view=view.detach(), region=None)
 
     def update_center(
         self, teacher_outputs: list[NetworkOutput], teacher_prototypes: PrototypeWeights, finite: Tensor | None = None
@@ -112,3 +110,15 @@ class ViewLoss(nn.Module):
         """
         views = [output.view for output in teacher_outputs]
         self.center.copy_(updated_center(self.center, views, teacher_prototypes.view, momentum=self.center_momentum, finite=finite))
+
+
+class _ViewOnly:
+    def __init__(self, view: ViewMatching):
+        self._view = view
+
+    def terms(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> LossTerms:
+        total = self._view(outputs, group, mixing)
+        return LossTerms(total=total, view=total.detach(), region=None)
+
+    def prototype_gradients(self) -> PrototypeGradients:
+        return PrototypeGradients(view=self._view.matching.prototypes_gradient(), region=None)

@@ -3,13 +3,14 @@
 Unusual: a step whose loss is not finite on any rank masks itself and all later steps on the device (parameters, moments,
 EMA, centre), without the host knowing; the flag is read with the meter. Under accumulation the centre sees the teacher's
 embeddings of all micro-batches and the EMA moves once, so that k micro-batches of B images are one step of k * B.
+A group of crops passes forward, loss and backward before the next one does: the activations of one group live at a time.
 
 Letters: B images, V crops.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Distillation:
     network        the student, on the runtime's device; wrapped for several ranks here
     global_count   how many of the first crops the teacher sees
     accumulation   micro-batches per step
+    parts          in which the crops of one size pass forward, loss and backward, one after the other
     mixing         mixes the student's images, or None; the teacher sees clean ones
     phase          context manager around each part of the step, for profilers
     """
@@ -78,6 +80,7 @@ class Distillation:
         runtime: Runtime,
         global_count: int,
         accumulation: int,
+        parts: int,
         mixing: Mixing | None,
         phase: Phase = record_function,
     ):
@@ -88,6 +91,7 @@ class Distillation:
         self.runtime = runtime
         self.global_count = global_count
         self.accumulation = accumulation
+        self.parts = parts
         self.mixing = mixing
         self.phase = phase
         self.student = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
@@ -99,25 +103,40 @@ class Distillation:
         sound          0-d bool: False masks all updates, because an earlier step was not finite
         """
         self.optimizer.set(now)
-        teacher_prototypes = self.teacher.prototypes()
+        teacher_prototypes, student_prototypes = self.teacher.prototypes(), self.network.prototypes()
+        prototype_gradients: list[tuple[Tensor, Tensor]] = []  # the student's prototypes, and their gradient of all micro-batches
         all_targets: list[NetworkOutput] = []
         all_terms: list[LossTerms] = []
         student_pooled: list[Tensor] = []
         for number, crops in enumerate(micro_batches, start=1):
-            with self._gradients_over_ranks(is_last=number == self.accumulation), self.runtime.autocast():
+            with self.runtime.autocast():
                 with self.phase("teacher"):
                     targets = self.teacher(crops[: self.global_count])
-                with self.phase("student"):
-                    mixed, weights = (crops, None) if self.mixing is None else self.mixing(crops, rng)
-                    outputs = self.student(mixed)
-                    student_prototypes = self.network.prototypes()
                 with self.phase("loss"):
-                    terms = self.loss(outputs, targets, student_prototypes, teacher_prototypes, now.temperature, weights)
-                with self.phase("backward"), torch.autocast(self.runtime.device.type, enabled=False):
-                    self.optimizer.backward(terms.total / self.accumulation)
+                    loss = self.loss.against(targets, student_prototypes, teacher_prototypes, now.temperature, crops=len(crops))
+                mixed, weights = (crops, None) if self.mixing is None else self.mixing(crops, rng)
+                outputs: list[NetworkOutput] = []
+                shares: list[LossTerms] = []
+                passes = self.network.passes(mixed, parts=self.parts)
+                for group in passes:
+                    is_last = number == self.accumulation and group is passes[-1]
+                    with self._gradients_over_ranks(is_last=is_last):
+                        with self.phase("student"):
+                            passed = self.student(mixed[group])
+                        with self.phase("loss"):
+                            share = loss.terms(passed, group, weights)
+                        with self.phase("backward"), torch.autocast(self.runtime.device.type, enabled=False):
+                            self.optimizer.backward(share.total / self.accumulation)
+                    outputs += [output.detached() for output in passed]
+                    shares.append(replace(share, total=share.total.detach()))
+                    del passed, share  # or their activations would live on through the next group
+                with self.phase("loss"):
+                    prototype_gradients = _added(prototype_gradients, loss.prototype_gradients().with_weights(student_prototypes))
             all_targets += targets
             student_pooled += [output.pooled for output in outputs[: self.global_count]]
-            all_terms.append(terms)
+            all_terms.append(_sum(shares))
+        with self.phase("backward"):
+            self.optimizer.backward_from([(weights, gradient.div_(self.accumulation)) for weights, gradient in prototype_gradients])
         terms = _mean(all_terms)
         finite_here = terms.total.isfinite()
         finite = sound & distributed.minimum(finite_here.float()).bool()
@@ -163,11 +182,23 @@ class Distillation:
         return contextlib.nullcontext()
 
 
-def _mean(terms: list[LossTerms]) -> LossTerms:
+def _added(sums: list[tuple[Tensor, Tensor]], more: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the same tensors, added up in the first."""
+    return [(weights, total.add_(gradient)) for (weights, total), (_, gradient) in zip(sums, more, strict=True)] if sums else more
+
+
+def _sum(terms: list[LossTerms]) -> LossTerms:
     """Of detached scalars."""
     regions = [each.region for each in terms if each.region is not None]
     return LossTerms(
-        total=torch.stack([each.total.detach() for each in terms]).mean(),
-        view=torch.stack([each.view for each in terms]).mean(),
-        region=torch.stack(regions).mean() if regions else None,
+        total=torch.stack([each.total for each in terms]).sum(),
+        view=torch.stack([each.view for each in terms]).sum(),
+        region=torch.stack(regions).sum() if regions else None,
+    )
+
+
+def _mean(terms: list[LossTerms]) -> LossTerms:
+    total = _sum(terms)
+    return LossTerms(
+        total=total.total / len(terms), view=total.view / len(terms), region=None if total.region is None else total.region / len(terms)
     )

@@ -158,7 +158,7 @@ def _memory(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradient
     return [
         f"memory         {total / 1e9:.2f} GB per GPU with {_count(task.data.batch_size, 'image')} in {around.precision}: "
         f"weights {cost.weights / 1e9:.2f}, optimizer {cost.moments / 1e9:.2f}, gradients {cost.gradients / 1e9:.2f}"
-        f"{'' if keeps_gradients else ' (after the activations)'}, activations {cost.activations / 1e9:.2f}",
+        f"{'' if keeps_gradients else ' (some after the activations)'}, activations {cost.activations / 1e9:.2f}",
         f"               and what CUDA and NCCL keep for themselves, {_RESERVED_BYTES / 1e9} GB assumed",
     ]
 
@@ -208,7 +208,7 @@ def _shares(around: Surroundings) -> tuple[float, float]:
 def _largest_batch(gpu: Gpu, cost: StepCost, batch: int, keeps_gradients: bool) -> int:
     """Images per process: activations grow with the batch, all else stays."""
     usable = (gpu.memory * 2**30 - _RESERVED_BYTES) * _USABLE
-    left = usable - cost.weights - cost.moments - (cost.gradients if keeps_gradients else 0)
+    left = usable - cost.weights - cost.moments - cost.gradients_beside(keeps_gradients=keeps_gradients)
     return max(0, int(left / (cost.activations / batch)))
 
 

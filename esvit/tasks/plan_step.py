@@ -38,9 +38,9 @@ class StepCost:
 
     parameters   of student or teacher, with heads; of these `backbone` in the backbone, `trained` not frozen (numbers, not bytes)
     weights      student and teacher, their buffers and the centres
-    gradients    of everything trained
+    gradients    of everything trained; `early_gradients` without the prototypes', which come at the end
     moments      the optimizer's state
-    activations  everything else that is alive when it is most, the batch and the loss's chunks included
+    passes       everything else that is alive when it is most, in each pass of the student: the batch and the loss's chunks too
     flops        multiply-adds of teacher, student (three times its forward pass) and loss
     """
 
@@ -49,13 +49,24 @@ class StepCost:
     trained: int
     weights: int
     gradients: int
+    early_gradients: int
     moments: int
-    activations: int
+    passes: tuple[int, ...]
     flops: int
 
+    @property
+    def activations(self) -> int:
+        return max(self.passes)
+
+    def gradients_beside(self, *, keeps_gradients: bool) -> int:
+        """Bytes of gradients next to activations. `keeps_gradients`: they outlive a micro-batch, in DDP's buckets or by accumulation."""
+        return self.gradients if keeps_gradients else self.early_gradients if len(self.passes) > 1 else 0
+
     def peak(self, *, keeps_gradients: bool) -> int:
-        """Largest number of bytes at once. `keeps_gradients`: they outlive a micro-batch, in DDP's buckets or by accumulation."""
-        forward = self.activations + (self.gradients if keeps_gradients else 0)
+        """Largest number of bytes at once."""
+        first, *later = self.passes
+        beside = self.gradients_beside(keeps_gradients=keeps_gradients)
+        forward = max([first + (beside if keeps_gradients else 0), *(each + beside for each in later)])
         return self.weights + self.moments + max(forward, self.gradients)
 
     def checkpoint(self) -> int:
@@ -79,6 +90,9 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
         moments = [value for state in optimizer.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         kept = [each for module in (network, teacher, task.loss) for each in (*module.parameters(), *module.buffers())]
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        prototypes = {
+            id(each) for part in (network.view_prototypes, network.region_prototypes) if part is not None for each in part.parameters()
+        }
         crops = [torch.empty(batch_size, 3, size, size) for size in sizes]
         with LiveTensors([*kept, *moments]) as live, _Flops() as flops, _AsOnDevice(device), _autocast(device, precision):
             weights_and_moments = live.now
@@ -87,10 +101,18 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
             targets = teacher(crops[: task.augmentation.global_count])
             teacher_prototypes = teacher.prototypes()
             teacher_flops = flops.total
+            loss = task.loss.against(targets, network.prototypes(), teacher_prototypes, 0.04, crops=len(crops))
             mixed, mixing = task.mixing(crops, np.random.default_rng(0)) if task.mixing.is_on else (crops, None)
-            outputs = network(mixed)
-            student_flops = flops.total - teacher_flops
-            task.loss(outputs, targets, network.prototypes(), teacher_prototypes, 0.04, mixing)
+            student_flops, peaks = 0, []
+            for group in network.passes(mixed, parts=task.parts):
+                before = flops.total
+                outputs = network(mixed[group])
+                student_flops += flops.total - before
+                terms = loss.terms(outputs, group, mixing)
+                del outputs, terms
+                peaks.append(live.peak - weights_and_moments)
+                live.peak = live.now
+            loss.prototype_gradients()
             loss_flops = flops.total - teacher_flops - student_flops
     return StepCost(
         parameters=sum(each.numel() for each in network.parameters()),
@@ -99,7 +121,8 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
         weights=weights_and_moments - _bytes(moments),
         gradients=_bytes(trained),
         moments=_bytes(moments),
-        activations=live.peak - weights_and_moments,
+        early_gradients=_bytes([each for each in trained if id(each) not in prototypes]),
+        passes=tuple(peaks),
         flops=(teacher_flops + 3 * student_flops + loss_flops) // 2,
     )
 

@@ -58,6 +58,7 @@ class Pretrain:
     """The parts of a pre-training run; every field is an option or is built from a config group.
 
     accumulation        micro-batches per optimizer step
+    parts               in which the student's crops of one size pass forward and backward, one after the other
     log_every           optimizer steps between log records
     health_every        optimizer steps between signs of health; 0 means never
     checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
@@ -83,6 +84,7 @@ class Pretrain:
     epochs: int
     max_steps: int | None
     accumulation: int
+    parts: int
     log_every: int
     health_every: int
     checkpoint_every: int
@@ -107,6 +109,7 @@ class Pretrain:
     def _check(self) -> None:
         for option, value, least in (
             ("task.accumulation", self.accumulation, 1),
+            ("task.parts", self.parts, 1),
             ("task.log_every", self.log_every, 1),
             ("task.health_every", self.health_every, 0),
             ("task.checkpoint_keep", self.checkpoint_keep, 1),
@@ -172,6 +175,7 @@ class _Run:
             runtime=runtime,
             global_count=task.augmentation.global_count,
             accumulation=self.accumulation,
+            parts=task.parts,
             mixing=task.mixing if task.mixing.is_on else None,
         )
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()

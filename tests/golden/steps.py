@@ -139,7 +139,7 @@ def assert_four_steps_equal(
     optimizer = OPTIMIZERS[optimizer_name].build(network, precision="fp32", device=torch.device("cpu"))
     runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
     distillation = Distillation(
-        network=network, loss=loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None, phase=norms
+        network=network, loss=loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, parts=2, mixing=None, phase=norms
     )
     names = golden.pop("param_names").tolist()
     buffer_names = golden.pop("buffer_names").tolist() if "buffer_names" in golden else []

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit.losses import prototypes as chunked
-from esvit.losses.prototypes import matching_cross_entropy
+from esvit.losses.prototypes import Matching, WithGradients
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 
@@ -18,17 +18,26 @@ def materialised(students: Tensor, prototypes: Tensor, teachers: Tensor, teacher
 
 
 def ours(students: Tensor, prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, center: Tensor, match: Tensor):
-    return matching_cross_entropy(
-        students,
-        match.sum(1),
-        match.T @ students,
-        prototypes,
-        teachers,
-        teacher_prototypes,
-        center,
+    matching = against(prototypes, teachers, teacher_prototypes, center)
+    return total_of(matching, prototypes, [(students, match.sum(1), match.T @ students)])
+
+
+def against(prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, center: Tensor) -> Matching:
+    return Matching(
+        prototypes=prototypes,
+        teachers=teachers,
+        teacher_prototypes=teacher_prototypes,
+        center=center,
         student_temperature=STUDENT_TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
     )
+
+
+def total_of(matching: Matching, prototypes: Tensor, groups: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Of groups (students, mass, pulls), with gradients for all that ask for one."""
+    total = torch.stack([matching(*group) for group in groups]).sum()
+    gradient = matching.prototypes_gradient()
+    return total if gradient is None else WithGradients.apply(total, prototypes, gradient)
 
 
 def test_float32_with_65536_prototypes_agrees_with_float64_to_a_millionth(monkeypatch):
@@ -76,17 +85,7 @@ def test_gradients_pass_torchs_numerical_check(monkeypatch):
     teachers, teacher_prototypes, center, mass = noise(5, 3), noise(11, 3), noise(1, 11), noise(7)
 
     def total(students: Tensor, pulls: Tensor, prototypes: Tensor) -> Tensor:
-        return matching_cross_entropy(
-            students,
-            mass,
-            pulls,
-            prototypes,
-            teachers,
-            teacher_prototypes,
-            center,
-            student_temperature=STUDENT_TEMPERATURE,
-            teacher_temperature=TEACHER_TEMPERATURE,
-        )
+        return total_of(against(prototypes, teachers, teacher_prototypes, center), prototypes, [(students, mass, pulls)])
 
     inputs = [tensor.requires_grad_() for tensor in (noise(7, 3), noise(5, 3), noise(11, 3))]
     assert torch.autograd.gradcheck(total, inputs)
@@ -109,3 +108,18 @@ def test_float16_keeps_the_gradient_of_prototypes_that_are_hardly_ever_chosen():
         total = ours(*arguments)
     gradient = torch.autograd.grad(total, prototypes)[0]
     assert ((gradient - expected)[1:].norm() / expected[1:].norm()).item() < 0.01
+
+
+def test_groups_of_rows_add_up_to_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 2 * 11 * 4)
+    generator = torch.Generator().manual_seed(0)
+    students, prototypes, teachers, teacher_prototypes, center = (
+        0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 3), (11, 3), (5, 3), (11, 3), (1, 11))
+    )
+    match = torch.rand(9, 5, generator=generator, dtype=torch.float64)
+    inputs = [students.requires_grad_(), prototypes.requires_grad_()]
+    together = ours(students, prototypes, teachers, teacher_prototypes, center, match)
+    groups = [(students[rows], match[rows].sum(1), match[rows].T @ students[rows]) for rows in (slice(0, 4), slice(4, 9))]
+    apart = total_of(against(prototypes, teachers, teacher_prototypes, center), prototypes, groups)
+    torch.testing.assert_close(apart, together, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(apart, inputs), torch.autograd.grad(together, inputs), rtol=1e-12, atol=1e-13)

@@ -70,7 +70,7 @@ def test_the_count_is_what_a_real_step_has_alive(options):
     runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=True, threads=1, timeout_minutes=1.0, stall_minutes=0.0)
     optimizer = task.optimizer.build(network, precision="fp32", device=CPU)
     distillation = Distillation(
-        network=network, loss=task.loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, mixing=None
+        network=network, loss=task.loss, optimizer=optimizer, runtime=runtime, global_count=2, accumulation=1, parts=2, mixing=None
     )
     moments = [value for state in optimizer.optimizer.state.values() for value in state.values()]
     modules = (network, distillation.teacher, task.loss)
@@ -89,11 +89,12 @@ def test_operations_are_those_of_the_formula(options):
     task = on_meta(options("loss=view"))
     cost = count_step(task, batch_size=4, precision="fp32")
     real = build(options()["backbone"])
-    large, small = flops(real, torch.zeros(8, 3, 32, 32)), flops(real, torch.zeros(12, 3, 16, 16))  # crops of one size pass together
+    globals_together = flops(real, torch.zeros(8, 3, 32, 32))  # by the teacher; the student's crops of one size pass in two parts
+    student = 2 * flops(real, torch.zeros(4, 3, 32, 32)) + flops(real, torch.zeros(4, 3, 16, 16)) + flops(real, torch.zeros(8, 3, 16, 16))
     head = 48 * 40 + 40 * 40 + 40 * 16
     rows, teacher_rows = 4 * 5, 4 * 2
-    backbone = 3 * (large + small) + large
-    prototypes = 3 * 100 * 16 * (rows + teacher_rows)  # logits, mean prototype and the prototypes' gradient, each once
+    backbone = 3 * student + globals_together
+    prototypes = 100 * 16 * (3 * rows + 4 * teacher_rows)  # logits (the teacher's twice), mean prototype, the prototypes' gradient
     pulls = 2 * 5 * 4 * 16  # of the view loss: teacher views x crops x images x width
     assert cost.flops == pytest.approx(backbone + head * (3 * rows + teacher_rows) + prototypes + pulls, rel=1e-4)
 

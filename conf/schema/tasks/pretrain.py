@@ -37,6 +37,7 @@ class Pretrain:
     _target_: str = "esvit.tasks.pretrain.Pretrain"
     has_run_folder: bool = True
     accumulation: int = 1  # micro-batches per optimizer step
+    parts: int = 2  # in which the student's crops of one size pass forward and backward in turn: more need less memory; no batch norm
     log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep

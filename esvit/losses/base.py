@@ -1,0 +1,79 @@
+"""What view and region losses have in common: how a training step, or a reader of a formula, uses them.
+
+Letters: V student crops, G teacher (global) views, B images, E embedding width, K prototypes.
+"""
+
+import itertools
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from esvit.losses.prototypes import WithGradients
+from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
+
+
+@dataclass(frozen=True)
+class PrototypeGradients:
+    """Of a loss, for the prototypes (K, E) of both heads; None where there are none, or they are frozen."""
+
+    view: Tensor | None
+    region: Tensor | None
+
+    def with_weights(self, prototypes: PrototypeWeights) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of prototypes and their gradient."""
+        pairs = ((prototypes.view, self.view), (prototypes.region, self.region))
+        return [(weights, gradient) for weights, gradient in pairs if weights is not None and gradient is not None]
+
+
+class LossByGroups(Protocol):
+    """The loss of one micro-batch, taken group of crops by group."""
+
+    def terms(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> LossTerms:
+        """The share of the crops `group` in the loss, by their `outputs`; shares add up. Its gradient reaches the embeddings only.
+
+        mixing  (V, B student, B teacher) of all crops: how much of each teacher image is in each student image; rows need not sum to 1.
+                None means the identity.
+        """
+
+    def prototype_gradients(self) -> PrototypeGradients:
+        """Of the whole loss; to be called once, after all groups."""
+
+
+class MatchingLoss(nn.Module):
+    """Cross-entropy of student crops against the teacher's global views, averaged over pairs; its buffers are the centres (1, K)."""
+
+    @abstractmethod
+    def against(
+        self,
+        teacher_outputs: list[NetworkOutput],
+        student_prototypes: PrototypeWeights,
+        teacher_prototypes: PrototypeWeights,
+        temperature: float,
+        *,
+        crops: int,
+    ) -> LossByGroups:
+        """The loss against G teacher views of B images.
+
+        temperature  the teacher's
+        crops        V, of all groups together; the first G are the teacher's views
+        """
+
+    def forward(
+        self,
+        student_outputs: list[NetworkOutput],
+        teacher_outputs: list[NetworkOutput],
+        student_prototypes: PrototypeWeights,
+        teacher_prototypes: PrototypeWeights,
+        temperature: float,
+        mixing: Tensor | None = None,
+    ) -> LossTerms:
+        """The same for all V crops at once, with gradients for the student's prototypes too.
+
+        The original's mixup targets are indexed [teacher, student] (right only for symmetric ones): transpose `mixing` to compare.
+        """
+        loss = self.against(teacher_outputs, student_prototypes, teacher_prototypes, temperature, crops=len(student_outputs))
+        terms = loss.terms(student_outputs, slice(None), mixing)
+        pairs = loss.prototype_gradients().with_weights(student_prototypes)
+        return replace(terms, total=WithGradients.apply(terms.total, *itertools.chain(*pairs)))
