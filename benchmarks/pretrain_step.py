@@ -248,9 +248,15 @@ class Parts:
             distillation.step([crops], now, sound=sound, rng=self._runtime.seed_step(len(timer.steps)))
 
         def loss_gradients(given: LossInput) -> None:
+            crops = [torch.empty(1, 1, size, size) for size in self.crop_sizes]
             with self._runtime.autocast():
-                terms = loss(given.student, given.teacher, given.student_prototypes, given.teacher_prototypes, now.temperature)
-            terms.total.backward()
+                parts = loss.against(
+                    given.teacher, given.student_prototypes, given.teacher_prototypes, now.temperature, crops=len(given.student)
+                )
+                for group in network.passes(crops, parts=self._config.task.parts):
+                    parts.terms(given.student[group], group, None).total.backward()
+                for weights, gradient in parts.prototype_gradients().with_weights(given.student_prototypes):
+                    weights.grad = gradient
 
         return Variant(step, network, loss_gradients, timer, self._runtime.deterministic)
 
@@ -402,7 +408,7 @@ def memory_in_own_process(variant: str) -> dict[str, int]:
 
 
 def measure_memory(arguments: argparse.Namespace, folder: str, runtime: Runtime, imported_bytes: int) -> dict[str, int]:
-    """Peak bytes of the loss alone, above its inputs, and of a whole step, above the imports."""
+    """Peak bytes of the loss alone, above its inputs and the prototypes' gradient, and of a whole step, above the imports."""
     parts = Parts(arguments, folder, runtime)
     variant = parts.product(arguments.loss) if arguments.memory_of == "product" else parts.plain(arguments.loss)
     given = parts.loss_input(variant.network)
@@ -412,8 +418,9 @@ def measure_memory(arguments: argparse.Namespace, folder: str, runtime: Runtime,
     else:
         before = psutil.Process().memory_info().rss
     variant.loss_gradients(given)
-    loss_bytes = peak_bytes(runtime.device) - before
-    del given
+    weights = [tensor for tensor in (given.student_prototypes.view, given.student_prototypes.region) if tensor is not None]
+    loss_bytes = peak_bytes(runtime.device) - before - sum(each.grad.nbytes for each in weights if each.grad is not None)
+    del given, weights
     torch.use_deterministic_algorithms(variant.is_deterministic)
     for _ in range(2):
         variant.step([torch.randn(arguments.batch_size, 3, size, size, device=runtime.device) for size in parts.crop_sizes])
