@@ -57,9 +57,16 @@ def _has_frozen(schema: type) -> bool:
 
 def _frozen(config: dict[str, Any]) -> dict[str, Any]:
     """The crop as large as the run's global crops, out of images somewhat larger; its normalisation."""
-    crop = config["augmentation"]["global_crops_size"]
+    crop = _global_size(config["augmentation"])
     normalize = {f"task.frozen.normalize.{name}": value for name, value in config["task"]["normalize"].items()}
     return {"task.frozen.crop": crop, "task.frozen.resize": round(crop * _RESIZE_OVER_CROP)} | normalize
+
+
+def _global_size(augmentation: dict[str, Any]) -> int:
+    """Side of the crops that the teacher saw."""
+    if "global_crops_size" in augmentation:
+        return augmentation["global_crops_size"]
+    return next(group["size"] for group in augmentation["crops"] if group["is_global"])
 
 
 def _tracking(options: dict[str, Any]) -> dict[str, Any]:

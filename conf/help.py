@@ -15,6 +15,7 @@ _GROUPS = [
     "loss",
     "augmentation",
     "data",
+    "sampler",
     "optimizer",
     "schedule",
     "tracking",

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import augmentations, data, models, running, tasks, training
+from conf.schema import augmentations, data, models, running, sampling, tasks, training
 from esvit.errors import OptionError
 
 _CONF = Path(__file__).parent
@@ -129,7 +129,7 @@ def _names(schema: Any) -> set[str]:
 def _choices_that_know(name: str) -> list[str]:
     """Other choices of the group, e.g. "launcher=gpus" for launcher.processes."""
     group, _, option = name.partition(".")
-    modules = (models, augmentations, data, training, running, tasks)
+    modules = (models, augmentations, data, sampling, training, running, tasks)
     schemas = {name: schema for module in modules for name, schema in module.SCHEMAS.items()}
     owners = [schema for (each, schema), node in schemas.items() if each == group and option in _names(node)]
     presets = {file.stem: file.read_text() for file in sorted((_CONF / group).glob("*.yaml"))}

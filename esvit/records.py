@@ -5,7 +5,7 @@ Every record that crosses DistributedDataParallel's forward is registered as a p
 `static_graph=True` DDP silently fails to average gradients through unregistered dataclasses.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ class Views:
     crops         V tensors (B, C, H_v, W_v): uint8 as they leave the loader, float32 after normalisation
     global_count  how many of the first crops are global, i.e. seen by the teacher
     indices       (B,) int64, the image's place in its image set
-    positions     (B,) int64, the image's place in the permutation of its epoch
+    positions     (B,) int64, the image's place in the order of its epoch
     epoch         the epoch that the batch belongs to, from 0
     bad_images    names of images that could not be read and were replaced by a neighbour
+    changes       V float32 tensors (B, P), what is still to be done to the crops on the device, see augmentations/device.py;
+                  empty where they are finished
     """
 
     crops: list[Tensor]
@@ -30,6 +32,7 @@ class Views:
     positions: Tensor
     epoch: int
     bad_images: list[str]
+    changes: list[Tensor] = field(default_factory=list)
 
     @property
     def global_crops(self) -> list[Tensor]:
@@ -108,7 +111,7 @@ class StepValues:
 
 def _register(record: type) -> None:
     """Teach torch's pytree to look inside a record, so that DDP sees the tensors in it."""
-    names = [field.name for field in fields(record)]
+    names = [each.name for each in fields(record)]
     _pytree.register_dataclass(record, field_names=names)
 
 

@@ -6,7 +6,7 @@ A default lives here and nowhere else. The comment behind an option is what `pyt
 from hydra.core.config_store import ConfigStore
 
 from conf import recipes
-from conf.schema import augmentations, data, models, root, running, tasks, training
+from conf.schema import augmentations, data, models, root, running, sampling, tasks, training
 
 
 def register() -> None:
@@ -14,6 +14,6 @@ def register() -> None:
     recipes.register()
     store = ConfigStore.instance()
     store.store(name="root_schema", node=root.Root)
-    for module in (models, augmentations, data, training, running, tasks):
+    for module in (models, augmentations, data, sampling, training, running, tasks):
         for (group, name), node in module.SCHEMAS.items():
             store.store(group=f"schema/{group}", name=name, node=node)

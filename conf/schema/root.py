@@ -38,6 +38,7 @@ class Root:
     loss: Any = MISSING
     augmentation: Any = MISSING
     data: Any = MISSING
+    sampler: Any = MISSING
     optimizer: Any = MISSING
     schedule: Any = MISSING
     tracking: Any = MISSING

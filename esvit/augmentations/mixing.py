@@ -6,6 +6,7 @@ where they are not symmetric (mode "elem"). Here the crops handed in stay as the
 Letters: V crops, B images, C channels, h and w the sides of a crop in pixels.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ class Mixing:
     """Mix image i of a crop with image B - 1 - i, each crop with weights of its own (mixup, Zhang et al. 2018; CutMix, Yun et al. 2019).
 
     mixup_alpha, cutmix_alpha  Beta(alpha, alpha) gives the weight of the image itself; 0 turns that kind off
+    cutmix_minmax              [smallest, largest]: CutMix's boxes lie inside the crop, with sides of such shares of its own, each uniform
+                               (as timm); CutMix is then on whatever cutmix_alpha is. None: by cutmix_alpha
     probability                that a draw mixes at all
     switch_probability         that it is CutMix, where both kinds are on
     mode                       one draw for the whole "batch", for each "pair" (i, B - 1 - i), or for each image ("elem")
@@ -34,6 +37,7 @@ class Mixing:
         *,
         mixup_alpha: float,
         cutmix_alpha: float,
+        cutmix_minmax: Sequence[float] | None,
         probability: float,
         switch_probability: float,
         mode: Literal["batch", "pair", "elem"],
@@ -42,7 +46,11 @@ class Mixing:
         for option, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if alpha < 0:
                 raise OptionError(f"{OPTION}.{option}", f"{alpha}", "use 0 (off) or more")
-        if mixup_alpha == 0 and cutmix_alpha == 0:
+        if cutmix_minmax is not None and (len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1):
+            remedy = "give [smallest, largest] with 0 <= smallest < largest <= 1, or null"
+            raise OptionError(f"{OPTION}.cutmix_minmax", f"{list(cutmix_minmax)}", remedy)
+        has_cutmix = cutmix_alpha > 0 or cutmix_minmax is not None
+        if mixup_alpha == 0 and not has_cutmix:
             raise OptionError(f"{OPTION}.mixup_alpha", "both mixup_alpha and cutmix_alpha are 0", "turn one on, or leave mixing out")
         for option, share in (("probability", probability), ("switch_probability", switch_probability)):
             if not 0 <= share <= 1:
@@ -51,11 +59,14 @@ class Mixing:
             raise OptionError(f"{OPTION}.mode", f"'{mode}'", "use batch, pair or elem")
         if crops < 0:
             raise OptionError(f"{OPTION}.crops", f"{crops}", "use 0 or more")
-        self._options = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha, "probability": probability, "mode": mode}
+        self._options: dict[str, Any] = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha, "probability": probability, "mode": mode}
         self._options |= {"switch_probability": switch_probability, "crops": crops}
+        if cutmix_minmax is not None:
+            self._options["cutmix_minmax"] = list(cutmix_minmax)
         self._mixup_alpha = mixup_alpha
-        self._cutmix_probability = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else switch_probability
+        self._cutmix_probability = 0.0 if not has_cutmix else 1.0 if mixup_alpha == 0 else switch_probability
         self._cutmix_alpha = cutmix_alpha
+        self._cutmix_minmax = None if cutmix_minmax is None else (float(cutmix_minmax[0]), float(cutmix_minmax[1]))
         self._probability = probability
         self.is_on = probability > 0 and crops > 0
         self._mode = mode
@@ -96,8 +107,11 @@ class Mixing:
             if rng.random() >= self._cutmix_probability:
                 shares[draw] = rng.beta(self._mixup_alpha, self._mixup_alpha)
                 continue
-            side = np.sqrt(1 - rng.beta(self._cutmix_alpha, self._cutmix_alpha))
-            (top, bottom), (left, right) = _interval(height, side, rng), _interval(width, side, rng)
+            if self._cutmix_minmax is None:
+                side = np.sqrt(1 - rng.beta(self._cutmix_alpha, self._cutmix_alpha))
+                (top, bottom), (left, right) = _interval(height, side, rng), _interval(width, side, rng)
+            else:
+                (top, bottom), (left, right) = (_inner_interval(length, self._cutmix_minmax, rng) for length in (height, width))
             boxes[draw] = top, bottom, left, right
             shares[draw] = 1 - (bottom - top) * (right - left) / (height * width)
         if self._mode == "pair":
@@ -110,6 +124,14 @@ def _interval(length: int, side: float, rng: np.random.Generator) -> tuple[int, 
     half = int(length * side) // 2
     middle = int(rng.integers(length))
     return max(0, middle - half), min(length, middle + half)
+
+
+def _inner_interval(length: int, shares: tuple[float, float], rng: np.random.Generator) -> tuple[int, int]:
+    """Begin and end of a random part of `length` pixels, between these shares of it in length, in a random place inside."""
+    least, most = int(length * shares[0]), int(length * shares[1])
+    part = int(rng.integers(least, max(most, least + 1)))
+    begin = int(rng.integers(length - part, endpoint=True))
+    return begin, begin + part
 
 
 def _mix(crop: Tensor, shares: np.ndarray, boxes: np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """From an image set to batches of views whose order and content depend on the seed and the step alone.
 
-Each epoch has one permutation of the images, drawn from (seed, epoch). Step s of an epoch covers the positions [s * G, (s + 1) * G) of it,
-where G = batch_size * world_size * accumulation: micro-batch after micro-batch, rank after rank. The views at a position are drawn from
+Each epoch has one order of the images, which a sampler draws from (seed, epoch). A step takes the next G positions of it, where
+G = batch_size * world_size * accumulation: micro-batch after micro-batch, rank after rank. The views at a position are drawn from
 (seed, epoch, position). So any number of loading processes gives the same views, any split of G over ranks and accumulation the same
 joined batches, and a run can start at any step or draw a past batch again.
 
@@ -26,26 +26,35 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from esvit.data.base import BadImage, ImageSet
+from esvit.data.base import BadImage, Decoder, ImageSet
+from esvit.data.prefetching import Prefetcher
+from esvit.data.sampling import SHUFFLE, VIEWS, Sampler, generator
 from esvit.errors import OptionError
 from esvit.records import Views
 
 log = logging.getLogger(__name__)
 
-_ORDER, _VIEWS = 0, 1  # what a generator is for: the first number of its key
 _ALWAYS_TRIED = 100  # neighbours of a bad image that are tried however small the tolerated share is
 
 _SECONDS_AFTER_SIGTERM = 30  # that a loading process goes on, for the step in progress
 
-Key = tuple[int, int, int]  # epoch, position in the epoch's permutation, index of the image there
+Key = tuple[int, int, int]  # epoch, position in the epoch's order, index of the image there
 
 
 class ViewTransform(Protocol):
-    """What makes views: `global_count` tells how many of the first ones are global."""
+    """What makes views.
+
+    global_count  how many of the first ones are global
+    decode        what an image set is to make of an image's file, see `ImageSet.read`; None: an RGB image of Pillow
+    """
 
     global_count: int
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]: ...  # uint8 (C, h, w) each
+    @property
+    def decode(self) -> Decoder | None: ...
+
+    # uint8 (C, h, w) each, or uint16; then, of a transform that leaves changes to the device, a vector for each
+    def __call__(self, image: Any, rng: np.random.Generator) -> list[Tensor]: ...
 
 
 class TrainLoader:
@@ -56,9 +65,10 @@ class TrainLoader:
     seed              0 or more; with the epoch and the position it decides everything
     accumulation      micro-batches per optimizer step
     max_bad_fraction  share of the images that may be unreadable in a row before loading gives up
+    sampler           which image stands at which position of an epoch
     option            the config group that errors name
 
-    Raises OptionError if the images do not fill one step.
+    Raises OptionError if the images do not fill one step, or cannot be ordered by the sampler.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class TrainLoader:
         world_size: int,
         accumulation: int,
         max_bad_fraction: float,
+        sampler: Sampler = SHUFFLE,
         option: str = "data",
     ):
         if seed < 0:
@@ -87,6 +98,8 @@ class TrainLoader:
                 f"one step takes {self.images_per_step} images ({product}) but there are {len(images)}",
                 f"use at most {option}.batch_size={largest}" if largest else "use more images, fewer processes or less accumulation",
             )
+        sampler.check(images)
+        self._sampler = sampler
         self._draws = _Draws(images, transform, seed, max_bad_fraction, option)
         self._batch_size = batch_size
         self._workers = workers
@@ -100,22 +113,45 @@ class TrainLoader:
 
         Raises OptionError if a loading process dies or too many images in a row are unreadable.
         """
-        return _results(self._draws, self._keys(start), self._workers, self._option)
+        keys = self._keys(start)
+        if self._draws.images.chunks_at_hand is not None:
+            keys = self._prefetched(keys)
+        return _results(self._draws, keys, self._workers, self._option)
 
     def redraw(self, epoch: int, positions: Iterable[int] | Tensor) -> Views:
         """The very views that `from_step` gave, or would give, at `positions` of `epoch`, drawn in this process."""
-        order = _order(len(self._draws.images), self._draws.seed, epoch)
+        order = self._order(epoch)
         return self._draws.views([(epoch, int(position), int(order[int(position)])) for position in positions])
 
     def redraw_step(self, step: int) -> list[Views]:
         """This rank's micro-batches of optimizer step `step`, drawn again in this process."""
         return [self._draws.views(keys) for keys in itertools.islice(self._keys(step), self._accumulation)]
 
+    def _prefetched(self, keys: Iterator[list[Key]]) -> Iterator[list[Key]]:
+        """The same keys; the shards of those to come are on their way meanwhile."""
+        prefetcher = Prefetcher(self._draws.images)
+        current = None
+        try:
+            for micro_batch in keys:
+                epoch, position, _ = micro_batch[0]
+                if epoch != current:
+                    current = epoch
+                    prefetcher.begin(self._order(epoch))
+                prefetcher.reach(position)
+                yield micro_batch
+        finally:
+            prefetcher.close()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The image at each position of `epoch`: (n,) int64."""
+        draws = self._draws
+        return self._sampler.order(draws.images, images_per_step=self.images_per_step, seed=draws.seed, epoch=epoch)
+
     def _keys(self, start: int) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, from the first one of step `start`."""
         epoch, first_step = divmod(start, self.steps_per_epoch)
         while True:
-            order = _order(len(self._draws.images), self._draws.seed, epoch)
+            order = self._order(epoch)
             for micro_batch in range(first_step * self._accumulation, self.steps_per_epoch * self._accumulation):
                 begin = (micro_batch * self._world_size + self._rank) * self._batch_size
                 yield [(epoch, position, int(order[position])) for position in range(begin, begin + self._batch_size)]
@@ -178,11 +214,13 @@ class _Draws(Dataset):
         samples, indices, bad_images = [], [], []
         for epoch, position, index in keys:
             image, index_read, bad = self._readable(index)
-            samples.append(self.transform(image, _generator(self.seed, _VIEWS, epoch, position)))
+            samples.append(self.transform(image, generator(self.seed, VIEWS, epoch, position)))
             indices.append(index_read)
             bad_images += bad
+        batches = [torch.stack(each) for each in zip(*samples, strict=True)]
         return Views(
-            crops=[torch.stack(crops) for crops in zip(*samples, strict=True)],
+            crops=[batch for batch in batches if batch.ndim == 4],
+            changes=[batch for batch in batches if batch.ndim == 2],
             global_count=self.transform.global_count,
             indices=torch.tensor(indices),
             positions=torch.tensor([position for _, position, _ in keys]),
@@ -190,13 +228,13 @@ class _Draws(Dataset):
             bad_images=bad_images,
         )
 
-    def _readable(self, index: int) -> tuple[Image.Image, int, list[str]]:
+    def _readable(self, index: int) -> tuple[Any, int, list[str]]:
         """The first readable image from `index` on (after the last comes the first), its index, and the names of the bad ones before."""
         bad: list[str] = []
         reason = ""
         for candidate in range(index, index + min(self._tried, len(self.images))):
             try:
-                return self.images.read(candidate % len(self.images)), candidate % len(self.images), bad
+                return self.images.read(candidate % len(self.images), self.transform.decode), candidate % len(self.images), bad
             except BadImage as error:
                 bad.append(self.images.name(candidate % len(self.images)))
                 reason = str(error)
@@ -285,12 +323,3 @@ def _end_when_told_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
-
-
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `count` images in `epoch`: (count,) int64."""
-    return _generator(seed, _ORDER, epoch).permutation(count)

@@ -40,14 +40,17 @@ class PhotoPatches(Data):
             raise OptionError(
                 "data.val_root", f"'{self.val_root}' is not used: validation patches come from the same photos", "leave data.val_root out"
             )
+        if not self.pixels.is_rgb:
+            found = f"photos are read in RGB with 8 bits, not in {self.channels} channels with {self.depth}"
+            raise OptionError("data.channels" if self.channels != 3 else "data.depth", found, "leave it out, or use data=folder")
         for option in ("patch_size", "train_patches_per_photo", "val_patches_per_photo"):
             if getattr(self, option) < 1:
                 raise OptionError(f"data.{option}", f"{getattr(self, option)}", "use at least 1")
 
-    def train(self) -> ImageSet:
+    def open_train(self) -> ImageSet:
         return PatchImages(self._photos(), patch_size=self.patch_size, patches_per_photo=self.train_patches_per_photo, from_left=True)
 
-    def validation(self) -> ImageSet:
+    def open_validation(self) -> ImageSet:
         return PatchImages(self._photos(), patch_size=self.patch_size, patches_per_photo=self.val_patches_per_photo, from_left=False)
 
     def _photos(self) -> list[Path]:

@@ -21,6 +21,9 @@ class Subset(ImageSet):
         self.indices = indices
         self.labels = None if images.labels is None else images.labels[indices]
         self.class_names = images.class_names
+        self.pixels = images.pixels
+        self.chunk_ends = _ends_of_part(images.chunk_ends, indices)
+        self.chunks_at_hand = images.chunks_at_hand
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -28,8 +31,22 @@ class Subset(ImageSet):
     def read(self, index: int, decode: Decoder | None = None) -> Any:
         return self.images.read(int(self.indices[index]), decode)
 
+    def fetch(self, index: int) -> None:
+        self.images.fetch(int(self.indices[index]))
+
     def name(self, index: int) -> str:
         return self.images.name(int(self.indices[index]))
+
+    def targets(self, index: int) -> np.ndarray | None:
+        return self.images.targets(int(self.indices[index]))
+
+
+def _ends_of_part(chunk_ends: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    """Where the chunks end among the images at `indices`; None where these do not rise."""
+    if chunk_ends is None or (np.diff(indices) <= 0).any():
+        return None
+    ends = np.unique(np.searchsorted(indices, chunk_ends))
+    return ends[ends > 0]
 
 
 def stratified_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -41,6 +58,12 @@ def stratified_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.nd
         raise ValueError(f"{fraction} is no share of the images")
     kept = [members[: max(1, round(fraction * len(members)))] for members in _shuffled_classes(labels, seed, _FRACTION)]
     return np.sort(np.concatenate(kept))
+
+
+def random_fraction(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Indices, rising, of `fraction` of `count` images without classes, rounded, but at least one; a smaller share is part of a larger."""
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FRACTION,)))).permutation(count)
+    return np.sort(order[: max(1, round(fraction * count))])
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,4 +85,6 @@ def held_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
 def _shuffled_classes(labels: np.ndarray, seed: int, purpose: int) -> list[np.ndarray]:
     """The indices of each class that there is, in an order that depends on the seed alone."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose,))))
-    return [rng.permutation(np.flatnonzero(labels == each)) for each in np.unique(labels)]
+    by_class = np.argsort(labels, kind="stable")  # one pass, however many classes there are
+    begins = np.unique(labels[by_class], return_index=True)[1]
+    return [rng.permutation(members) for members in np.split(by_class, begins[1:])]

@@ -13,7 +13,9 @@ import zlib
 
 import numpy as np
 
-from esvit.data.base import BadImage, Data, EncodedImages, ImageSet, PackedStrings, existing_folder, is_image_name
+from esvit.data.base import BadImage, Data, EncodedImages, PackedStrings, existing_folder, is_image_name
+from esvit.data.decoding import Pixels
+from esvit.data.index import CACHED_FROM, IndexCache
 from esvit.errors import OptionError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field that follow the 30 bytes
@@ -22,53 +24,58 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and 
 class ZipData(Data):
     """`root/train.zip` with `root/train_map.txt`, and `val.zip` with `val_map.txt` in `val_root` or else, if present, in `root`."""
 
-    def train(self) -> ImageSet:
-        return ZipImages(existing_folder("data.root", self.root), "train", option="data.root")
+    def open_train(self) -> "ZipImages":
+        return self._images(existing_folder("data.root", self.root), "train", "data.root")
 
-    def validation(self) -> ImageSet | None:
-        if self.val_root is not None:
-            return ZipImages(existing_folder("data.val_root", self.val_root), "val", option="data.val_root")
+    def open_validation(self) -> "ZipImages | None":
         root = existing_folder("data.root", self.root)
-        return ZipImages(root, "val", option="data.val_root") if os.path.exists(os.path.join(root, "val.zip")) else None
+        if self.val_root is not None:
+            validation = self._images(existing_folder("data.val_root", self.val_root), "val", "data.val_root")
+        elif os.path.exists(os.path.join(root, "val.zip")):
+            validation = self._images(root, "val", "data.val_root")
+        else:
+            return None
+        classes = self.open_train().class_names
+        largest = int(validation.labels.max())
+        if largest >= len(classes):
+            found = f"'{validation.path}' has label {largest}, data.root has {len(classes)} classes"
+            raise OptionError("data.val_root", found, "give both archives the same classes")
+        validation.class_names = classes
+        return validation
+
+    def _images(self, folder: str, split: str, option: str) -> "ZipImages":
+        return ZipImages(folder, split, option=option, pixels=self.pixels, index=self.index)
 
 
 class ZipImages(EncodedImages):
     """The images of `<folder>/<split>.zip` that `<folder>/<split>_map.txt` gives a label, in the archive's order.
 
-    As in the original, empty members and hidden files are left out. Raises OptionError naming `option`.
+    As in the original, empty members and hidden files are left out.
+
+    index  where the directory of a large archive is kept
+
+    Raises OptionError naming `option`.
     """
 
-    def __init__(self, folder: str, split: str, *, option: str):
+    labels: np.ndarray
+
+    def __init__(self, folder: str, split: str, *, option: str, pixels: Pixels, index: IndexCache):
         self.path = os.path.join(folder, f"{split}.zip")
         map_path = os.path.join(folder, f"{split}_map.txt")
         for path in (self.path, map_path):
             if not os.path.isfile(path):
                 raise OptionError(option, f"file '{path}' does not exist", f"give the folder that holds {split}.zip and {split}_map.txt")
-        label_of = _read_map(map_path, option)
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [member for member in archive.infolist() if _is_wanted(member) and member.filename in label_of]
-        except (zipfile.BadZipFile, OSError) as error:
-            raise OptionError(option, f"'{self.path}' is not a readable zip archive ({error})", "make or copy the archive again") from error
-        if not members:
-            raise OptionError(
-                option,
-                f"no image in '{self.path}' has a line in '{map_path}'",
-                "write one line '<archive>@/<path in the archive><tab><label>' for each image",
-            )
-        for member in members:
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-                raise OptionError(
-                    option,
-                    f"'{member.filename}' in '{self.path}' is encrypted or packed by a rare method",
-                    "pack the archive again without compression (zip -0)",
-                )
-        self._names = PackedStrings(member.filename for member in members)
-        self._offsets = np.array([member.header_offset for member in members], dtype=np.int64)
-        self._sizes = np.array([member.compress_size for member in members], dtype=np.int64)
-        self._deflated = np.array([member.compress_type == zipfile.ZIP_DEFLATED for member in members])
-        self._checksums = np.array([member.CRC for member in members], dtype=np.uint32)
-        self.labels = np.array([label_of[member.filename] for member in members], dtype=np.int64)
+        kind = "zip" if pixels.is_rgb else "zip_with_arrays"
+        state = np.array([number for path in (self.path, map_path) for number in _state(path)], dtype=np.int64)
+        directory = index.load(kind, self.path)
+        if directory is None or not np.array_equal(directory["state"], state):
+            directory = {**_read_directory(self.path, map_path, pixels, option), "state": state}
+            if len(directory["labels"]) >= CACHED_FROM:
+                index.save(kind, self.path, directory)
+        self._names = PackedStrings.from_arrays(directory["names"], directory["name_ends"])
+        self._offsets, self._sizes = directory["offsets"], directory["sizes"]
+        self._deflated, self._checksums = directory["deflated"], directory["checksums"]
+        self.labels = directory["labels"]
         self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
         self._file: io.FileIO | None = None
 
@@ -99,9 +106,48 @@ class ZipImages(EncodedImages):
         return {**self.__dict__, "_file": None}
 
 
-def _is_wanted(member: zipfile.ZipInfo) -> bool:
+def _read_directory(path: str, map_path: str, pixels: Pixels, option: str) -> dict[str, np.ndarray]:
+    """Names, places and labels of the members of an archive that are images and have a label."""
+    label_of = _read_map(map_path, option)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if _is_wanted(member, pixels) and member.filename in label_of]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise OptionError(option, f"'{path}' is not a readable zip archive ({error})", "make or copy the archive again") from error
+    if not members:
+        raise OptionError(
+            option,
+            f"no image in '{path}' has a line in '{map_path}'",
+            "write one line '<archive>@/<path in the archive><tab><label>' for each image",
+        )
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+            raise OptionError(
+                option,
+                f"'{member.filename}' in '{path}' is encrypted or packed by a rare method",
+                "pack the archive again without compression (zip -0)",
+            )
+    names = PackedStrings(member.filename for member in members)
+    return {
+        "names": names.text,
+        "name_ends": names.ends,
+        "offsets": np.array([member.header_offset for member in members], dtype=np.int64),
+        "sizes": np.array([member.compress_size for member in members], dtype=np.int64),
+        "deflated": np.array([member.compress_type == zipfile.ZIP_DEFLATED for member in members]),
+        "checksums": np.array([member.CRC for member in members], dtype=np.uint32),
+        "labels": np.array([label_of[member.filename] for member in members], dtype=np.int64),
+    }
+
+
+def _state(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_wanted(member: zipfile.ZipInfo, pixels: Pixels) -> bool:
     is_link = stat.S_ISLNK(member.external_attr >> 16)
-    return not member.is_dir() and not is_link and member.file_size > 0 and is_image_name(member.filename.rpartition("/")[2])
+    is_image = is_image_name(member.filename.rpartition("/")[2], pixels.extensions)
+    return not member.is_dir() and not is_link and member.file_size > 0 and is_image
 
 
 def _read_map(path: str, option: str) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Pictures of a run: a sheet of augmented crops, and curves of what was logged.
 
-Letters: B images, V crops, C = 3 channels, h and w pixels of a crop.
+Letters: B images, V crops, C channels, h and w pixels of a crop.
 Figures are drawn without pyplot: nothing global, safe in any thread and without a display. Curves are SVG, sharp at any width.
 """
 
@@ -25,7 +25,8 @@ GLOBAL_PIXELS = 128  # side at which the largest crop is shown
 def crops_grid(crops: Sequence[Tensor], *, images: int = 8) -> bytes:
     """PNG sheet: one row per image, global crops then local ones, at their true relative sizes.
 
-    crops   V tensors (B, 3, h_v, w_v) uint8, largest first; those of the largest size are titled global, the others local
+    crops   V tensors (B, C, h_v, w_v) uint8 or uint16, largest first; those of the largest size are titled global, the others local.
+            Of channels other than three, the first one is shown in grey
     images  at most so many rows
     """
     rows = min(images, crops[0].shape[0])
@@ -43,7 +44,7 @@ def crops_grid(crops: Sequence[Tensor], *, images: int = 8) -> bytes:
     left = margin
     for crop, (width, height), column, title in zip(crops, sizes, widths, titles, strict=True):
         draw.text((left + column / 2, head / 2), title, fill=MUTED, font=font, anchor="mm")
-        pixels = crop[:rows].permute(0, 2, 3, 1).cpu().numpy()
+        pixels = _shown(crop[:rows].permute(0, 2, 3, 1).cpu().numpy())
         method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS  # enlarged pixels stay visible as they are
         for row in range(rows):
             tile = Image.fromarray(pixels[row]).resize((width, height), method)
@@ -54,6 +55,13 @@ def crops_grid(crops: Sequence[Tensor], *, images: int = 8) -> bytes:
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def _shown(pixels: np.ndarray) -> np.ndarray:
+    """(B, h, w, 3) uint8."""
+    if pixels.shape[3] != 3:
+        pixels = pixels[:, :, :, :1].repeat(3, axis=3)
+    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
 def _titles(is_global: list[bool]) -> list[str]:

@@ -63,9 +63,13 @@ class Frozen:
     crop: int
     cache: str | None
 
-    def load(self, runtime: Runtime) -> "FrozenBackbone":
-        """The backbone with its weights, on the device. Raises OptionError if they are missing or do not fit, or for an impossible crop."""
+    def load(self, runtime: Runtime, *, channels: int) -> "FrozenBackbone":
+        """The backbone with its weights, on the device. Raises OptionError if they are missing or do not fit, or for an impossible crop.
+
+        channels  of the images that it will see
+        """
         step = 0
+        self.normalize.check_channels(channels)
         transform = EvaluationCrop(resize=self.resize, crop=self.crop, option="task.frozen.crop")
         if self.network != "untrained":
             if self.checkpoint is None:
@@ -83,6 +87,9 @@ class Frozen:
             with torch.no_grad():
                 self.backbone.eval()(torch.zeros(1, channels, self.crop, self.crop))
         except RuntimeError as error:
+            if "channels" in str(error):
+                remedy = f"use backbone.in_channels={channels} (and weights that were trained so), or other images"
+                raise OptionError("backbone.in_channels", f"does not fit images of data.channels={channels}", remedy) from None
             found = f"the backbone cannot take {channels} x {self.crop} x {self.crop} pixels ({str(error).splitlines()[0]})"
             raise OptionError("task.frozen.crop", found, "use another size") from None
 
@@ -184,12 +191,14 @@ class FrozenBackbone:
 
 
 def hash_of_images(images: ImageSet) -> str:
-    """Of names, labels and class names, in order."""
+    """Of names, labels and class names, in order, and of what images are read as, where that is not RGB."""
     digest = hashlib.sha256(f"{len(images)} {images.class_names if images.labels is not None else None}".encode())
     for index in range(len(images)):
         digest.update(images.name(index).encode(errors="surrogateescape") + b"\0")
     if images.labels is not None:
         digest.update(images.labels.tobytes())
+    if not images.pixels.is_rgb:
+        digest.update(f"{images.pixels.channels} {images.pixels.depth}".encode())
     return digest.hexdigest()[:_HASH_DIGITS]
 
 

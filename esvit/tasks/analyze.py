@@ -86,7 +86,7 @@ class Analyze:
         photos = read_photos(all_photos, evenly_spaced(len(all_photos), self.max_photos).tolist(), option="task.images")
         dataset = all_photos if self.dataset is None else FolderImages(self.dataset, option="task.dataset", class_names=None)
         self.matches.check_saved(photos, self.frozen.crop)
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=3)
         self.colors.check(network)
 
         with runtime.recording() as tracker:

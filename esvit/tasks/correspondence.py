@@ -38,6 +38,7 @@ from esvit.evaluation.dense_pictures import KIND_NAMES, DrawnPairs, offsets_figu
 from esvit.evaluation.features import in_dataset_order
 from esvit.evaluation.frozen import Frozen, FrozenBackbone, hash_of_images
 from esvit.evaluation.protocol import write_protocol
+from esvit.evaluation.splits import require_rgb
 from esvit.evaluation.stereo import StereoPhotos, StereoViews
 from esvit.runtime import Runtime
 from esvit.tasks.tables import aligned
@@ -72,8 +73,9 @@ class Correspondence:
     def run(self, runtime: Runtime) -> None:
         """Print a table; write `metrics.json`, the protocol, the curves and pictures. Raises OptionError for options that cannot work."""
         self._check()
+        require_rgb(self.data, task="task=correspondence")
         images = self._images()
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=self.data.channels)
         cells = Cells(network.grid(), self.frozen.crop)
         if cells.count < self.pairs:
             found = f"{self.pairs} pairs, but a view of {self.frozen.crop} pixels has {cells.count} regions"

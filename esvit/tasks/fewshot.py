@@ -53,7 +53,7 @@ class FewShot:
         splits = labelled_splits(self.data)
         assert splits.validation.labels is not None
         self._classes(splits.validation.labels, splits.class_names)
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=self.data.channels)
         with runtime.recording() as tracker:
             tracker.resume(0)
             validation = network.features(splits.validation, batch_size=self.data.batch_size, workers=self.data.workers)

@@ -384,13 +384,15 @@ class _Run:
     def _load(self) -> FrozenBackbone:
         """The backbone to begin with. A resumed run has its own weights: those of `checkpoint` may have gone on, or away."""
         frozen = self.task.frozen
-        return (replace(frozen, network="untrained") if has_checkpoint(self.runtime.folder) else frozen).load(self.runtime)
+        if has_checkpoint(self.runtime.folder):
+            frozen = replace(frozen, network="untrained")
+        return frozen.load(self.runtime, channels=self.task.data.channels)
 
     def _check_training_crop(self) -> None:
         size = self.task.training_crop.size
         try:
             with torch.no_grad():
-                self.start.backbone(torch.zeros(1, 3, size, size, device=self.runtime.device))
+                self.start.backbone(torch.zeros(1, self.task.data.channels, size, size, device=self.runtime.device))
         except RuntimeError as error:
             found = f"the backbone cannot take crops of {size} pixels ({str(error).splitlines()[0]})"
             raise OptionError("task.training_crop.size", found, "use another size") from None

@@ -51,7 +51,7 @@ class Knn:
         splits = labelled_splits(self.data)
         self._check(len(splits.train))
         untrained = self._untrained()
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=self.data.channels)
         with runtime.recording() as tracker:
             tracker.resume(0)
             train, validation = (self._pooled(network, images) for images in (splits.train, splits.validation))
@@ -61,7 +61,7 @@ class Knn:
                     rows, queries = (self._trivial(describe, images, network, runtime) for images in (splits.train, splits.validation))
                     results[f"{name}_"] = self._classify(rows, queries, splits, runtime)
             if untrained is not None:
-                network_before = untrained.load(runtime)
+                network_before = untrained.load(runtime, channels=self.data.channels)
                 rows, queries = (self._pooled(network_before, images) for images in (splits.train, splits.validation))
                 results["untrained_"] = self._classify(rows, queries, splits, runtime)
             metrics = self._metrics(results)
@@ -75,6 +75,8 @@ class Knn:
     def _check(self, train_images: int) -> None:
         if self.temperature <= 0:
             raise OptionError("task.temperature", f"{self.temperature}", "use a number above 0, such as 0.07")
+        if self.baselines and not self.data.pixels.is_rgb:
+            raise OptionError("task.baselines", "colour histograms are of RGB images of 8 bits", "set it to false")
         check_neighbours(self.neighbours, train_images=train_images, option="task.neighbours")
 
     def _untrained(self) -> Frozen | None:

@@ -92,7 +92,7 @@ class Linear:
         """
         self._check()
         splits = labelled_splits(self.data)
-        frozen = self.frozen.load(runtime)
+        frozen = self.frozen.load(runtime, channels=self.data.channels)
         self._check_network(frozen)
         run = _Run(self, runtime, splits, frozen)
         with runtime.recording() as tracker:

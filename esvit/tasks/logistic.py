@@ -76,7 +76,7 @@ class Logistic:
         splits = labelled_splits(self.data)
         assert splits.train.labels is not None
         labelled = Subset(splits.train, stratified_fraction(splits.train.labels, self.label_fraction, runtime.seed))
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=self.data.channels)
         with runtime.recording() as tracker:
             tracker.resume(0)
             train = network.features(labelled, batch_size=self.data.batch_size, workers=self.data.workers)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from esvit.augmentations import device
 from esvit.data.base import ImageSet
 from esvit.data.loading import TrainLoader
 from esvit.errors import OptionError
@@ -23,7 +24,7 @@ def save_bad_batch(*, folder: Path, rank: int, step: int, loader: TrainLoader, i
     target = folder / "nonfinite"
     target.mkdir(exist_ok=True)
     batches = loader.redraw_step(step)
-    torch.save([batch.crops for batch in batches], target / f"step_{step}_rank_{rank}.pt")
+    torch.save([device.finish(batch.crops, batch.changes) for batch in batches], target / f"step_{step}_rank_{rank}.pt")
     report = target / f"step_{step}_rank_{rank}.json"
     indices = torch.cat([batch.indices for batch in batches]).tolist()
     described = {

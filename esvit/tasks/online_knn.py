@@ -45,11 +45,14 @@ class OnlineKnn:
                 "data.val_root", "is not set, but task.online_knn.every_epochs asks for k-NN", "give the validation folder, or set it to 0"
             )
         if train.labels is None or validation.labels is None:
+            several = " of one class each" if train.class_names else ""
             raise OptionError(
                 "task.online_knn.every_epochs",
-                "k-NN needs labels, and the images have none",
+                f"k-NN needs labels{several}, and the images have none",
                 "set it to 0, or give folders with one sub-folder per class",
             )
+        if self.baselines and not data.pixels.is_rgb:
+            raise OptionError("task.online_knn.baselines", "colour histograms are of RGB images of 8 bits", "set it to false")
         if validation.class_names != train.class_names:
             raise OptionError("data.val_root", "its classes are not those of data.root", "give both the same class folders")
         count = min(len(train), self.max_train_images)

@@ -93,7 +93,7 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
         prototypes = {
             id(each) for part in (network.view_prototypes, network.region_prototypes) if part is not None for each in part.parameters()
         }
-        crops = [torch.empty(batch_size, 3, size, size) for size in sizes]
+        crops = [torch.empty(batch_size, task.data.channels, size, size) for size in sizes]
         with LiveTensors([*kept, *moments]) as live, _Flops() as flops, _AsOnDevice(device), _autocast(device, precision):
             weights_and_moments = live.now
             for crop in crops:

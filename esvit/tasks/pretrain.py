@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from esvit import distributed
+from esvit.augmentations import device
 from esvit.augmentations.evaluation import Normalize
 from esvit.augmentations.mixing import Mixing
-from esvit.augmentations.multicrop import MultiCrop
+from esvit.augmentations.multicrop import Augmentation
 from esvit.backbones.base import Backbone
 from esvit.checkpoints import CheckpointFolder, has_checkpoint, peek, save_atomically, strict_load
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
+from esvit.data.sampling import Sampler, Shuffle
 from esvit.data.subsets import Subset
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.figures import crops_grid
@@ -40,6 +42,7 @@ from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
 from esvit.tasks.distillation import Distillation, StepResult
+from esvit.tasks.loader_health import LoaderHealth, cores_per_process
 from esvit.tasks.meter import Meter
 from esvit.tasks.nonfinite import NonFiniteLoss, save_bad_batch
 from esvit.tasks.online_knn import LabelledSplit, OnlineKnn
@@ -73,10 +76,11 @@ class Pretrain:
     backbone: Backbone
     head: HeadOptions
     loss: ViewLoss | ViewRegionLoss
-    augmentation: MultiCrop
+    augmentation: Augmentation
     mixing: Mixing
     normalize: Normalize
     data: Data
+    sampler: Sampler
     optimizer: AdamW | SGD | LARS
     schedule: Callable[..., Schedules]
     online_knn: OnlineKnn
@@ -143,6 +147,7 @@ class _Run:
             world_size=runtime.world_size,
             accumulation=self.accumulation,
             max_bad_fraction=task.data.max_bad_fraction,
+            sampler=task.sampler,
         )
         self.schedules = task.schedule(
             epochs=task.epochs,
@@ -180,6 +185,14 @@ class _Run:
         )
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()
         self.meter = Meter(runtime.device)
+        self.loader_health = LoaderHealth(
+            workers=task.data.workers,
+            cores=cores_per_process(),
+            engine=task.augmentation.engine,
+            on_gpu=runtime.device.type != "cpu",
+            sampler=task.sampler.name,
+            has_chunks=self.images.chunk_ends is not None,
+        )
         self.notes: list[str] = []
         self.unreadable: list[str] = []  # names of images met here since the last record
         self.indices: list[Tensor] = []  # of the images of each micro-batch of the step
@@ -242,7 +255,11 @@ class _Run:
             self.meter.waited(time.perf_counter() - since)
             self.unreadable += views.bad_images
             self.indices.append(views.indices)
-            yield [self.task.normalize(crop) for crop in views.to(self.runtime.device).crops]
+            yield [self.task.normalize(crop) for crop in self._finished(views.to(self.runtime.device))]
+
+    def _finished(self, views: Views) -> list[Tensor]:
+        """The crops after what an engine may have left to the device."""
+        return device.finish(views.crops, views.changes)
 
     # ------------------------------------------------------------------ records
 
@@ -269,6 +286,9 @@ class _Run:
             for alarm in self._alarms(signs, done):
                 self.progress.say(f"ALARM  {alarm}")
                 self.notes.append(alarm)
+        if hint := self.loader_health.look(metrics.get("speed/data_wait_share")):
+            self.progress.say(f"HINT   {hint}")
+            self.notes.append(hint)
         if self._is_knn_due(done):
             metrics |= self._knn() | self._baselines()
         metrics |= {
@@ -394,6 +414,7 @@ class _Run:
                     "step_of_epoch": step_of_epoch,
                     "images_per_step": self.loader.images_per_step,
                     "images": len(self.images),
+                    "order": self.task.sampler.name,
                 },
                 "rng": rng,
                 "threads": self.runtime.threads,
@@ -418,6 +439,9 @@ class _Run:
             raise OptionError(
                 "data.root", f"has {len(self.images)} images, the run so far had {state['sampler']['images']}", "give the same images"
             )
+        before, now = state["sampler"].get("order", Shuffle.name), self.task.sampler.name
+        if before != now:
+            raise OptionError("sampler", f"is {now}, the run so far had {before}", f"use sampler={before}, or another output_dir")
         warn_of_thread_change(state["threads"], self.runtime.threads)
         distillation = self.distillation
         strict_load(distillation.network, state["student"], option="output_dir", what="student")
@@ -477,16 +501,18 @@ class _Run:
 
     def _check_crop_sizes(self) -> None:
         """Send one empty image of each size through the backbone, so that impossible sizes fail before any work."""
-        backbone = self.task.backbone
+        backbone, channels = self.task.backbone, self.images.pixels.channels
+        self.task.normalize.check_channels(channels)
         for size in sorted(set(self.task.augmentation.crop_sizes)):
             try:
                 with torch.no_grad():
-                    backbone.eval()(torch.zeros(1, 3, size, size))
+                    backbone.eval()(torch.zeros(1, channels, size, size))
             except RuntimeError as error:
                 if "channels" in str(error):
-                    raise OptionError("backbone.in_channels", str(error).splitlines()[0], "images are read in 3 channels, use 3") from None
+                    found = f"does not fit images of data.channels={channels} ({str(error).splitlines()[0]})"
+                    raise OptionError("backbone.in_channels", found, f"use backbone.in_channels={channels}") from None
                 raise OptionError(
-                    "augmentation.global_crops_size" if size == self.task.augmentation.crop_sizes[0] else "augmentation.local_crops_size",
+                    self.task.augmentation.option_of(size),
                     f"the backbone cannot take crops of {size} pixels ({str(error).splitlines()[0]})",
                     "use larger crops",
                 ) from None
@@ -520,7 +546,7 @@ class _Run:
             self.tracker.artifact(self.runtime.folder / "config.yaml")
             if not self._crops_file.exists():
                 sheet = self.loader.redraw(0, range(min(8, len(self.images))))
-                self._crops_file.write_bytes(crops_grid(sheet.crops))
+                self._crops_file.write_bytes(crops_grid(self._finished(sheet)))
             self.tracker.artifact(self._crops_file)
 
     @property

@@ -39,6 +39,7 @@ from esvit.evaluation.segmentation import (
     score,
     unfitted_linear,
 )
+from esvit.evaluation.splits import require_rgb
 from esvit.runtime import Runtime
 from esvit.tasks.tables import aligned
 from esvit.tracking.base import EVALUATED_STEP
@@ -90,6 +91,7 @@ class Segmentation:
     def run(self, runtime: Runtime) -> None:
         """Print a table; write `metrics.json`, the protocol and a picture. Raises OptionError for options that cannot work."""
         self._check()
+        require_rgb(self.data, task="task=segmentation")
         names = self._names()
         train, validation = self.data.train(), self.data.validation()
         if validation is None:
@@ -97,7 +99,7 @@ class Segmentation:
         train_masks, val_masks = self._masks(train, validation, len(names))
         for masks in (train_masks, val_masks):
             distributed.from_rank_zero(masks.require_all)
-        network = self.frozen.load(runtime)
+        network = self.frozen.load(runtime, channels=self.data.channels)
         grid = network.grid()
         with runtime.recording() as tracker:
             tracker.resume(0)

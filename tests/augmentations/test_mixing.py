@@ -11,6 +11,7 @@ from esvit.errors import OptionError
 
 OPTIONS: dict[str, Any] = {
     "mixup_alpha": 0.8, "cutmix_alpha": 1.0, "probability": 1.0, "switch_probability": 0.5, "mode": "batch", "crops": 10,
+    "cutmix_minmax": None,
 }  # fmt: skip
 MODES = ["batch", "pair", "elem"]
 
@@ -114,6 +115,21 @@ def test_shares_follow_their_beta_distribution():
     assert abs(shares.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01  # Beta(a, a) has variance 1 / (4 (2a + 1))
 
 
+def test_boxes_by_minmax_lie_inside_with_sides_in_their_limits():
+    """As timm: each side from int(smallest * length) up to, but not including, int(largest * length), whatever cutmix_alpha is."""
+    mixing = Mixing(**{**OPTIONS, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "cutmix_minmax": [0.2, 0.8], "mode": "elem"})
+    crop, rng, sides = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 20, 30), np.random.default_rng(0), set()
+    for _ in range(300):
+        (mixed,), matrix = mixing([crop], rng)
+        pasted = mixed[0, 0] == 1
+        height, width = int(pasted.any(1).sum()), int(pasted.any(0).sum())
+        assert pasted.sum() == height * width
+        assert matrix[0, 0, 1] == pytest.approx(height * width / 600)
+        sides.add((height, width))
+    heights, widths = ({side[axis] for side in sides} for axis in (0, 1))
+    assert heights == set(range(4, 16)) and widths == set(range(6, 24))
+
+
 def test_an_odd_batch_in_pairs_is_refused():
     with pytest.raises(OptionError, match=r"^data\.batch_size: 5 images cannot be mixed in pairs; [^\n]+$"):
         Mixing(**{**OPTIONS, "mode": "pair"})(flat_crops(5), np.random.default_rng(0))
@@ -121,7 +137,16 @@ def test_an_odd_batch_in_pairs_is_refused():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("mixup_alpha", -1), ("cutmix_alpha", -0.1), ("probability", 1.2), ("switch_probability", -1), ("mode", "row"), ("crops", -1)],
+    [
+        ("mixup_alpha", -1),
+        ("cutmix_alpha", -0.1),
+        ("probability", 1.2),
+        ("switch_probability", -1),
+        ("mode", "row"),
+        ("crops", -1),
+        ("cutmix_minmax", [0.5]),
+        ("cutmix_minmax", [0.8, 0.2]),
+    ],
 )
 def test_an_impossible_value_is_one_line_that_names_the_option(option, value):
     with pytest.raises(OptionError, match=rf"^task\.mixing\.{option}: [^\n]+; [^\n]+$"):

@@ -1,5 +1,6 @@
 """Crops and colours: sizes, probabilities over many draws, torchvision as the reference, and refused values."""
 
+import hashlib
 from operator import methodcaller
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 
-from esvit.augmentations import multicrop, photometric
-from esvit.augmentations.multicrop import MultiCrop, draw_box, to_tensor
+from esvit.augmentations import photometric
+from esvit.augmentations.erasing import RandomErasing
+from esvit.augmentations.multicrop import CropGroup, CustomMultiCrop, MultiCrop, draw_box, to_tensor
+from esvit.augmentations.parameters import ColorChange, ErasedBox, Operation, ViewParameters
+from esvit.augmentations.randaugment import RandAugment
 from esvit.errors import OptionError
 
 PUBLISHED: dict[str, Any] = {
@@ -20,6 +24,8 @@ PUBLISHED: dict[str, Any] = {
     "grayscale_probability": 0.2, "flip_probability": 0.5,
     "global_blur_probabilities": [1.0, 0.1], "local_blur_probability": 0.5, "blur_radius": [0.1, 2.0],
     "global_solarize_probabilities": [0.0, 0.2],
+    "engine": "reference", "randaugment": RandAugment(layers=0, magnitude=9.0, magnitude_std=0.5, probability=0.5),
+    "erasing": RandomErasing(probability=0.0, scale=[0.02, 1 / 3], ratio=0.3, fill="pixel", count=1),
 }  # fmt: skip
 PLAIN: dict[str, Any] = {
     **PUBLISHED, "global_crops_size": 8, "global_crops_scale": [1.0, 1.0], "local_crops_size": 8, "local_crops_scale": [1.0, 1.0],
@@ -28,11 +34,37 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
+SOME: dict[str, Any] = {"gamma": 0.5, "hue": 0.0, "local_crops_number": 3}
 BLUR = methodcaller("filter", ImageFilter.GaussianBlur(2.0))
 
 
 def noise(width=32, height=24, seed=0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Colours in stripes and curves, the same whatever a library decodes."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    planes = [(rows * 7 + columns * 3) % 256, (rows * columns // 5) % 256, (columns * columns // 11 + rows * 2) % 256]
+    return Image.fromarray(np.stack(planes, axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "changed", "expected"),
+    [
+        ((500, 375), {}, "090a58ebdad882754b12c0f984fa25dac98b6dc66cac77a8bea7810d251c43b6"),
+        ((60, 200), {}, "bdb31594e6ed6294678ac25148bd39cab76cee256983b014d9d1209336b5b7bb"),
+        ((500, 375), SOME, "42d82b2704194cf6e6e1d5112a9dbf68977bb0fb16112d45e754ab058622f7e0"),
+        ((60, 200), SOME, "bffec9fbf827dc60e1b7063650edbcb158c977d5f144e7459e30a7c19d190c49"),
+    ],
+)
+def test_views_of_the_reference_engine_stay_bit_for_bit_what_they_were(size, changed, expected):
+    """Written down before drawing and making views were separated: Pillow 13.0."""
+    crops, digest = MultiCrop(**{**PUBLISHED, **changed}), hashlib.sha256()
+    for seed in range(6):
+        for view in crops(picture(*size), np.random.default_rng(seed)):
+            digest.update(view.contiguous().numpy().tobytes())
+    assert digest.hexdigest() == expected
 
 
 def test_published_crops_have_their_sizes_global_first():
@@ -174,4 +206,75 @@ def test_an_impossible_value_is_one_line_that_names_the_option(option, value):
 
 
 def test_two_global_crops_are_what_the_teacher_sees():
-    assert MultiCrop.global_count == multicrop.GLOBAL_COUNT == 2
+    assert MultiCrop(**PUBLISHED).global_count == 2
+
+
+# ---------------------------------------------------------------------------------------------------- what was drawn
+
+
+def test_what_was_drawn_is_carried_out_and_told_in_words():
+    crops = MultiCrop(**PUBLISHED)
+    parameters = crops.draw((500, 375), np.random.default_rng(3))
+    image = noise(500, 375)
+    assert all(one.equal(two) for one, two in zip(crops(image, np.random.default_rng(3)), crops.apply(image, parameters), strict=True))
+    drawn = ViewParameters(
+        size=8,
+        box=(1, 2, 31, 22),
+        flip=True,
+        operations=(Operation("invert", None), Operation("rotate", -27.04)),
+        changes=(ColorChange("brightness", 1.234), ColorChange("hue", 0.05)),
+        grayscale=True,
+        blur_radius=0.84,
+        solarize=True,
+        erased=(ErasedBox((0, 0, 4, 2), "pixel", 1),),
+    )
+    words = "30 x 20 at (1, 2), mirrored, invert, rotate -27, brightness 1.23, hue +0.05, grey, blur 0.8, solarized, erased 4 x 2"
+    assert drawn.describe() == words
+    assert ViewParameters(size=8, box=(0, 0, 5, 5)).describe() == "5 x 5 at (0, 0)"
+
+
+# ---------------------------------------------------------------------------------------------------- groups of crops
+
+GROUP: dict[str, Any] = {
+    "count": 1, "is_global": False, "size": 16, "scale": [0.05, 0.4], "flip_probability": 0.5, "jitter_probability": 0.8, "brightness": 0.4,
+    "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gamma": 0.0, "grayscale_probability": 0.2, "blur_probability": 0.5,
+    "blur_radius": [0.1, 2.0], "solarize_probability": 0.0,
+}  # fmt: skip
+
+
+def custom(*groups: dict[str, Any]) -> CustomMultiCrop:
+    off = {name: PUBLISHED[name] for name in ("randaugment", "erasing")}
+    return CustomMultiCrop(engine="reference", crops=[CropGroup(**{**GROUP, **group}) for group in groups], **off)
+
+
+def test_groups_come_out_global_first_and_equal_sizes_side_by_side():
+    crops = custom({"count": 2}, {"size": 8}, {"is_global": True, "size": 32, "count": 3}, {"size": 16}, {"size": 32})
+    assert crops.crop_sizes == [32, 32, 32, 32, 16, 16, 16, 8]
+    assert crops.global_count == 3
+    assert [view.shape[-1] for view in crops(noise(), np.random.default_rng(0))] == crops.crop_sizes
+
+
+def test_groups_of_the_published_policy_draw_its_views():
+    groups = [
+        {"is_global": True, "size": 32, "scale": [0.4, 1.0], "blur_probability": 1.0},
+        {"is_global": True, "size": 32, "scale": [0.4, 1.0], "blur_probability": 0.1, "solarize_probability": 0.2},
+        {"count": 8},
+    ]
+    published = MultiCrop(**{**PUBLISHED, "global_crops_size": 32, "local_crops_size": 16})
+    assert custom(*groups).draw((60, 50), np.random.default_rng(1)) == published.draw((60, 50), np.random.default_rng(1))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{}], "crops: no group is global"),
+        ([{"is_global": True}, {"is_global": True, "size": 24}], r"crops: global crops of \[16, 24\] pixels"),
+        ([{"is_global": True}, {"count": 0}], r"crops\[1\]\.count: 0 crops"),
+        ([{"is_global": True, "size": 0}], r"crops\[0\]\.size: 0 pixels"),
+        ([{"is_global": True, "hue": 0.7}], r"crops\[0\]\.hue: strength 0.7"),
+        ([{"is_global": True, "scale": [0.4]}], r"crops\[0\]\.scale: 1 values"),
+    ],
+)
+def test_impossible_groups_are_refused_by_name(groups, message):
+    with pytest.raises(OptionError, match=rf"^augmentation\.{message}[^\n]*; [^\n]+$"):
+        custom(*groups)

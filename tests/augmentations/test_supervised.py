@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from esvit.augmentations.erasing import RandomErasing
+from esvit.augmentations.randaugment import RandAugment
 from esvit.augmentations.supervised import RandomResizedCropFlip
 from esvit.errors import OptionError
 
 PUBLISHED: dict[str, Any] = {
     "size": 32, "scale": [0.08, 1.0], "interpolation": "bilinear", "flip_probability": 0.5, "color_jitter": 0.0,
+    "randaugment": RandAugment(layers=0, magnitude=9.0, magnitude_std=0.5, probability=0.5),
+    "erasing": RandomErasing(probability=0.0, scale=[0.02, 1 / 3], ratio=0.3, fill="pixel", count=1),
 }  # fmt: skip
 WHOLE = PUBLISHED | {"size": 8, "scale": [1.0, 1.0], "flip_probability": 0.0}
 
@@ -69,3 +73,26 @@ def test_interpolation_is_a_choice():
 def test_impossible_values_are_refused_by_name(option, value):
     with pytest.raises(OptionError, match=rf"^task\.training_crop\.{option}: "):
         RandomResizedCropFlip(**PUBLISHED | {option: value})
+
+
+def test_randaugment_and_erasing_are_choices_told_in_the_protocol():
+    image = noise()
+    strong = PUBLISHED | {
+        "randaugment": RandAugment(layers=2, magnitude=9.0, magnitude_std=0.5, probability=1.0),
+        "erasing": RandomErasing(probability=1.0, scale=[0.2, 0.3], ratio=0.3, fill="mean", count=1),
+    }
+    changed = crop(image, **strong)
+    assert changed.equal(crop(image, **strong)) and not changed.equal(crop(image, **PUBLISHED))
+    mean = (changed == torch.tensor([124, 116, 104]).view(3, 1, 1)).all(0).float().mean()
+    assert 0.15 < mean < 0.35
+    assert RandomResizedCropFlip(**strong).describe().keys() - RandomResizedCropFlip(**PUBLISHED).describe().keys() == {
+        "randaugment",
+        "erasing",
+    }
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_arrays_of_other_channels_are_cropped_too(interpolation):
+    image = np.random.default_rng(0).integers(0, 65535, (30, 40, 5)).astype(np.uint16)
+    (view,) = RandomResizedCropFlip(**PUBLISHED | {"interpolation": interpolation, "color_jitter": 0.4})(image, np.random.default_rng(0))
+    assert view.shape == (5, 32, 32) and view.dtype == torch.uint16

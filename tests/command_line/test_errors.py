@@ -51,6 +51,9 @@ MISTAKES = {
     "tracking in files": (["tracking=mlflow", "tracking.uri=file:/tmp/mlruns"], "tracking.uri", "file:/tmp/mlruns", "sqlite:///"),
     "no steps": (["max_steps=0"], "max_steps", "0 is too small", "1 or more"),
     "no layers": (["head.layers=0"], "head.layers", "0 layers", "1 or more"),
+    "unknown class": (["data.classes=[ant]"], "data.classes", "'ant' is none of the", "use their names"),
+    "list without a list": (["data=list"], "data.train_list", "has no value", "give one"),
+    "depth": (["data.depth=12"], "data.depth", "12 bits per value", "use 8 or 16"),
     "negative seed": (["seed=-1"], "seed", "-1", "0 or more"),
 }  # fmt: skip
 

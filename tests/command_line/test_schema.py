@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf, open_dict
 
 import conf.schema
 from conf.resolve import resolve
-from conf.schema import augmentations, data, models, root, running, tasks, training
+from conf.schema import augmentations, data, models, root, running, sampling, tasks, training
 from run import build
 from tests.command_line.commands import ROOT
 
@@ -31,7 +31,7 @@ def presets(group: str) -> list[str]:
 
 def schemas() -> Iterator[Any]:
     """Every registered schema and those inside of them, once each."""
-    open_ones = [node for module in (models, augmentations, data, training, running, tasks) for node in module.SCHEMAS.values()]
+    open_ones = [node for module in (models, augmentations, data, sampling, training, running, tasks) for node in module.SCHEMAS.values()]
     seen = []
     while open_ones:
         schema = open_ones.pop()
@@ -48,7 +48,9 @@ def schemas() -> Iterator[Any]:
 def composed(tmp_path_factory):
     """Composes command lines in this process, as plain data; options without a default get a value."""
     conf.schema.register()
-    values = {"data.root": str(tmp_path_factory.mktemp("schema")), "backbone.name": "convnextv2_atto", "launcher.template": "{command}"}
+    folder = str(tmp_path_factory.mktemp("schema"))
+    values = {"data.root": folder, "data.train_list": f"{folder}/list.csv"}
+    values |= {"backbone.name": "convnextv2_atto", "launcher.template": "{command}"}
 
     def options(*overrides: str) -> dict:
         config = compose("config", list(overrides), return_hydra_config=True)
@@ -138,6 +140,7 @@ def test_the_documented_groups_are_those_that_exist():
         "loss",
         "augmentation",
         "data",
+        "sampler",
         "optimizer",
         "schedule",
         "tracking",

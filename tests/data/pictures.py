@@ -2,11 +2,19 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+
+def data_options(**changed: Any) -> dict[str, Any]:
+    """The options that all data formats share, with values that suit small sets."""
+    loading = {"root": None, "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, "index_cache": None}
+    images = {"classes": None, "label_fraction": 1.0, "channels": 3, "depth": 8, "max_pixels": 1_000_000}
+    return {**loading, **images, **changed}
 
 
 def picture(number: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
@@ -36,6 +44,7 @@ class CornerAndNoise:
     """Two global views of one kind (the image's corner) and one local view (random numbers)."""
 
     global_count = 2
+    decode = None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]:
         corner = torch.from_numpy(np.array(image.crop((0, 0, 4, 4)))).permute(2, 0, 1)

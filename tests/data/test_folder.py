@@ -5,17 +5,11 @@ import pytest
 from esvit.data.base import BadImage
 from esvit.data.folder import FolderData
 from esvit.errors import OptionError
-from tests.data.pictures import picture, write_classes
+from tests.data.pictures import data_options, picture, write_classes
 
 
 def folder_data(root, val_root=None):
-    return FolderData(
-        root=None if root is None else str(root),
-        val_root=None if val_root is None else str(val_root),
-        batch_size=2,
-        workers=0,
-        max_bad_fraction=0.1,
-    )
+    return FolderData(**data_options(root=None if root is None else str(root), val_root=None if val_root is None else str(val_root)))
 
 
 def test_classes_and_files_come_in_sorted_order_with_their_labels(tmp_path):

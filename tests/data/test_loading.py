@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from esvit.augmentations.erasing import RandomErasing
 from esvit.augmentations.evaluation import EvaluationCrop
 from esvit.augmentations.multicrop import MultiCrop
+from esvit.augmentations.randaugment import RandAugment
 from esvit.data.bad_images import BadImages
 from esvit.data.folder import FolderImages
 from esvit.data.loading import TrainLoader, evaluation_batches
@@ -131,12 +133,14 @@ def test_starting_at_a_step_equals_skipping_the_steps_before(images, start, work
         assert_equal(ours, theirs)
 
 
-def test_redraw_gives_the_very_same_views_of_real_crops(images):
+@pytest.mark.parametrize("engine", ["reference", "fast", "device"])
+def test_redraw_gives_the_very_same_views_of_real_crops(images, engine):
     crops = MultiCrop(
         global_crops_size=16, global_crops_scale=[0.4, 1.0], local_crops_number=2, local_crops_size=8, local_crops_scale=[0.05, 0.4],
         jitter_probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gamma=0.5, grayscale_probability=0.2,
         global_blur_probabilities=[1.0, 0.1], global_solarize_probabilities=[0.0, 0.2], local_blur_probability=0.5, blur_radius=[0.1, 2.0],
-        flip_probability=0.5,
+        flip_probability=0.5, engine=engine, randaugment=RandAugment(layers=0, magnitude=9.0, magnitude_std=0.5, probability=0.5),
+        erasing=RandomErasing(probability=0.0, scale=[0.02, 0.33], ratio=0.3, fill="pixel", count=1),
     )  # fmt: skip
     train_loader = loader(images, transform=crops, workers=1)
     for batch in take(train_loader, 3, start=1):

@@ -1,7 +1,6 @@
 """Patches of photos: no overlap of training and validation, the same places in every run."""
 
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +8,12 @@ from PIL import Image
 
 from esvit.data.patches import PhotoPatches
 from esvit.errors import OptionError
-from tests.data.pictures import picture
+from tests.data.pictures import data_options, picture
 
 
 def photo_patches(**changed):
-    options: dict[str, Any] = {"root": None, "val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1, "patch_size": 40,
-               "train_patches_per_photo": 400, "val_patches_per_photo": 60}  # fmt: skip
-    return PhotoPatches(**{**options, **changed})
+    sizes = {"patch_size": 40, "train_patches_per_photo": 400, "val_patches_per_photo": 60}
+    return PhotoPatches(**data_options(**{**sizes, **changed}))
 
 
 def write_rulers(folder, width=200, height=60):

@@ -2,7 +2,6 @@
 
 import pickle
 import zipfile
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from esvit.data.folder import FolderData
 from esvit.data.loading import TrainLoader
 from esvit.data.zip import ZipData
 from esvit.errors import OptionError
-from tests.data.pictures import CornerAndNoise, picture, png, write_classes
+from tests.data.pictures import CornerAndNoise, data_options, picture, png, write_classes
 
-OPTIONS: dict[str, Any] = {"val_root": None, "batch_size": 2, "workers": 0, "max_bad_fraction": 0.1}
+OPTIONS = {name: value for name, value in data_options().items() if name != "root"}
 
 
 def write_zip(folder, split, files, compression=zipfile.ZIP_DEFLATED, lines=None):
@@ -71,13 +70,19 @@ def test_an_open_archive_survives_pickling(tmp_path):
 
 
 def test_validation_is_found_beside_the_training_archive_or_in_val_root(tmp_path):
-    write_zip(tmp_path / "a", "train", {"a.png": (png(1), 0)})
+    write_zip(tmp_path / "a", "train", {"a.png": (png(1), 0), "b.png": (png(2), 3)})
     assert ZipData(root=str(tmp_path / "a"), **OPTIONS).validation() is None
     write_zip(tmp_path / "b", "val", {"v.png": (png(7), 3)})
     options = {**OPTIONS, "val_root": str(tmp_path / "b")}
     assert labels_of(ZipData(root=str(tmp_path / "a"), **options).validation()) == [3]
     write_zip(tmp_path / "a", "val", {"v.png": (png(7), 2)})
-    assert labels_of(ZipData(root=str(tmp_path / "a"), **OPTIONS).validation()) == [2]
+    validation = ZipData(root=str(tmp_path / "a"), **OPTIONS).validation()
+    assert labels_of(validation) == [2]
+    assert validation.class_names == ["0", "1", "2", "3"]  # those of training
+    assert labels_of(ZipData(root=str(tmp_path / "a"), **{**OPTIONS, "classes": [3, 2]}).validation()) == [0]
+    write_zip(tmp_path / "a", "val", {"v.png": (png(7), 4)})
+    with pytest.raises(OptionError, match=r"^data\.val_root: [^\n]*val\.zip' has label 4, data\.root has 4 classes"):
+        ZipData(root=str(tmp_path / "a"), **OPTIONS).validation()
 
 
 @pytest.mark.parametrize("line", ["a.png\t0", "x@/a.png", "x@/a.png\tcat", "x@/a.png\t-1", "x@/a.png 0"])

@@ -22,6 +22,7 @@ from esvit.evaluation.frozen import Frozen
 from esvit.run_folder import RunFolder
 from esvit.runtime import Runtime
 from esvit.tracking.base import NoTracking
+from tests.data.pictures import data_options
 
 PATIENCE_SECONDS = 60
 Colour = tuple[int, int, int]
@@ -57,7 +58,7 @@ def paint(root: Path, colours: dict[str, Sequence[Colour]]) -> Path:
 
 def images(root: Path) -> Data:
     """`root/train` and `root/val`."""
-    return FolderData(root=str(root / "train"), val_root=str(root / "val"), batch_size=4, workers=0, max_bad_fraction=0.5)
+    return FolderData(**data_options(root=str(root / "train"), val_root=str(root / "val"), batch_size=4, max_bad_fraction=0.5))
 
 
 def frozen(cache: Path | None = None, **changes: Any) -> Frozen:

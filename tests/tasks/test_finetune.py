@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from esvit.augmentations.erasing import RandomErasing
 from esvit.augmentations.evaluation import EvaluationCrop, Normalize
 from esvit.augmentations.mixing import Mixing
+from esvit.augmentations.randaugment import RandAugment
 from esvit.augmentations.supervised import RandomResizedCropFlip
 from esvit.backbones.swin import Swin
+from esvit.data.base import Decoder
 from esvit.data.folder import FolderData
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.classifier import Classifier, accuracies, read_classifier
@@ -33,6 +36,7 @@ from esvit.tasks.nonfinite import NonFiniteLoss
 from esvit.tracking.base import NoTracking
 from tests.backbones.networks import micro_resnet
 from tests.command_line.commands import differences, losses
+from tests.data.pictures import data_options
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 170, 60), "red": (200, 50, 40)}
 CONFIG = {"epochs": 4, "max_steps": None}
@@ -47,7 +51,9 @@ def backbone() -> Swin:
 
 
 def mixing(probability: float, *, mode: Literal["batch", "pair"] = "batch") -> Mixing:
-    return Mixing(mixup_alpha=0.8, cutmix_alpha=1.0, probability=probability, switch_probability=0.5, mode=mode, crops=1)
+    return Mixing(
+        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, probability=probability, switch_probability=0.5, mode=mode, crops=1
+    )
 
 
 def adamw(learning_rate: float) -> AdamW:
@@ -70,7 +76,11 @@ def colors(tmp_path_factory) -> Path:
 
 def task(colors: Path, **changes: Any) -> FineTune:
     """24 images, four a step in two micro-batches: six steps an epoch, 24 in all."""
-    crop = RandomResizedCropFlip(size=16, scale=[0.5, 1.0], interpolation="bicubic", flip_probability=0.5, color_jitter=0.1)
+    crop = RandomResizedCropFlip(
+        size=16, scale=[0.5, 1.0], interpolation="bicubic", flip_probability=0.5, color_jitter=0.1,
+        randaugment=RandAugment(layers=0, magnitude=9.0, magnitude_std=0.5, probability=0.5),
+        erasing=RandomErasing(probability=0.0, scale=[0.02, 0.33], ratio=0.3, fill="pixel", count=1),
+    )  # fmt: skip
     options: dict[str, Any] = {
         "frozen": Frozen(
             backbone=backbone(),
@@ -82,7 +92,7 @@ def task(colors: Path, **changes: Any) -> FineTune:
             crop=16,
             cache=None,
         ),
-        "data": FolderData(root=str(colors / "train"), val_root=str(colors / "val"), batch_size=2, workers=0, max_bad_fraction=0.0),
+        "data": FolderData(**data_options(root=str(colors / "train"), val_root=str(colors / "val"), max_bad_fraction=0.0)),
         "training_crop": crop,
         "mixing": mixing(0.5),
         "optimizer": adamw(0.5),
@@ -280,10 +290,10 @@ class Troubled(FolderData):
         images = super().train()
         read, count = images.read, iter(range(10**6))
 
-        def read_until_trouble(index: int) -> Image.Image:
+        def read_until_trouble(index: int, decode: Decoder | None = None) -> Any:
             if next(count) == self.at:
                 self.happens()
-            return read(index)
+            return read(index, decode)
 
         images.read = read_until_trouble
         return images
@@ -347,9 +357,9 @@ class Watched(FolderData):
         images = super().train()
         read = images.read
 
-        def note_and_read(index: int) -> Image.Image:
+        def note_and_read(index: int, decode: Decoder | None = None) -> Any:
             self.seen.append(images.name(index))
-            return read(index)
+            return read(index, decode)
 
         images.read = note_and_read
         return images

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from esvit.augmentations.erasing import RandomErasing
 from esvit.augmentations.evaluation import Normalize
+from esvit.augmentations.randaugment import RandAugment
 from esvit.augmentations.supervised import RandomResizedCropFlip
 from esvit.backbones.base import Backbone, Stage
-from esvit.data.base import ImageSet
+from esvit.data.base import Decoder, ImageSet
 from esvit.data.folder import FolderData
 from esvit.errors import Interrupted, OptionError
 from esvit.evaluation.frozen import Frozen
@@ -28,6 +30,7 @@ from esvit.tasks.linear import Linear
 from esvit.tracking.base import NoTracking
 from tests.backbones.networks import Convolutions
 from tests.command_line.commands import checkpoint, differences, losses
+from tests.data.pictures import data_options
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 PER_CLASS = 8  # 24 training images: with batches of four, six steps an epoch where nothing is held out
@@ -71,11 +74,11 @@ class _Eventful(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, decode: Decoder | None = None) -> Any:
         self.reads += 1
         if self.reads == self.at:
             self.event()
-        return self.images.read(index)
+        return self.images.read(index, decode)
 
     def name(self, index: int) -> str:
         return self.images.name(index)
@@ -105,7 +108,11 @@ def options(colours: Path, **changes: Any) -> dict[str, Any]:
         backbone=changes.pop("backbone", None) or MeanColour(), checkpoint=None, network="untrained", resize_positions=False, resize=SIDE,
         crop=SIDE, cache=None, normalize=Normalize(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25]),
     )  # fmt: skip
-    crop = RandomResizedCropFlip(size=SIDE, scale=[0.2, 1.0], interpolation="bilinear", flip_probability=0.5, color_jitter=0.0)
+    crop = RandomResizedCropFlip(
+        size=SIDE, scale=[0.2, 1.0], interpolation="bilinear", flip_probability=0.5, color_jitter=0.0,
+        randaugment=RandAugment(layers=0, magnitude=9.0, magnitude_std=0.5, probability=0.5),
+        erasing=RandomErasing(probability=0.0, scale=[0.02, 0.33], ratio=0.3, fill="pixel", count=1),
+    )  # fmt: skip
     given = {
         "features": "cached", "learning_rates": [10.0], "blocks": [1], "pooling": ["pooled"], "held_out": 0.25, "label_fraction": 1.0,
         "training_crop": crop, "frozen": frozen, "data": FolderData(**folders(colours)), "epochs": 3,
@@ -115,7 +122,7 @@ def options(colours: Path, **changes: Any) -> dict[str, Any]:
 
 def folders(colours: Path) -> dict[str, Any]:
     train, val = str(colours / "train"), str(colours / "val")
-    return {"root": train, "val_root": val, "batch_size": 4, "workers": 0, "max_bad_fraction": 0.1}
+    return data_options(root=train, val_root=val, batch_size=4)
 
 
 def evaluate(folder: Path, given: dict[str, Any], seed: int = 0) -> dict[str, float]:

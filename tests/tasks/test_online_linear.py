@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from esvit.data.base import ImageSet
+from esvit.data.base import Decoder, ImageSet
 from esvit.errors import OptionError
 from esvit.runtime import Runtime
 from esvit.tasks.distillation import StepResult
@@ -24,7 +24,7 @@ class Numbered(ImageSet):
     def __len__(self) -> int:
         return 6
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, decode: Decoder | None = None) -> Image.Image:
         raise NotImplementedError
 
     def name(self, index: int) -> str:

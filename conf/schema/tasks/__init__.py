@@ -1,6 +1,6 @@
 """Options of the tasks: what a run does. One file for each kind of task."""
 
-from conf.schema.tasks import analyze, classify, comparison, dense, finetune, linear, pretrain, tools
+from conf.schema.tasks import analyze, classify, comparison, dense, finetune, images, linear, pretrain, tools
 
 SCHEMAS = {
     **analyze.SCHEMAS,
@@ -10,5 +10,6 @@ SCHEMAS = {
     **linear.SCHEMAS,
     **pretrain.SCHEMAS,
     **finetune.SCHEMAS,
+    **images.SCHEMAS,
     **tools.SCHEMAS,
 }

@@ -50,6 +50,7 @@ class Pretrain:
     loss: Any = "${loss}"
     augmentation: Any = "${augmentation}"
     data: Any = "${data}"
+    sampler: Any = "${sampler}"
     optimizer: Any = "${optimizer}"
     schedule: Any = "${schedule}"
     epochs: int = "${epochs}"  # type: ignore[assignment]
