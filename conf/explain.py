@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -34,6 +34,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OptionError):
         return str(error)
     cause = _innermost(error)
+    if isinstance(cause, ConfigCompositionException) and isinstance(cause.__context__, ConfigKeyError):
+        return _unknown_in_file(cause, cause.__context__)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_option(cause)
     if isinstance(cause, ValidationError):
@@ -64,6 +66,16 @@ def _unknown_option(cause: OmegaConfBaseException) -> str:
     siblings = [f"{prefix}.{key}" if prefix else key for key in map(str, parent)] if isinstance(parent, DictConfig) else []
     remedy = remedy_for_unknown(name, siblings) if siblings else "see python run.py --help"
     return f"{name}: no such option; {remedy}"
+
+
+def _unknown_in_file(error: ConfigCompositionException, cause: ConfigKeyError) -> str:
+    """A preset or an experiment sets an option that nobody has: most likely one of another task."""
+    file = re.match(r"In '([^']*)'", str(error))
+    group, _, choice = (file[1] if file else "").rpartition("/")
+    what = f"{group}={choice}" if group else "a file in conf"
+    if str(cause.full_key).startswith("task."):
+        return f"{what}: sets {cause.full_key}, which the chosen task does not have; choose its task, or give single options instead"
+    return f"{what}: sets {cause.full_key}, which the config does not have; correct the file"
 
 
 def _unknown_choice(cause: MissingConfigException) -> str:

@@ -22,6 +22,7 @@ MISTAKES = {
     "misspelt key": (["head.hiden_dim=3"], "head.hiden_dim", "no such option", "did you mean head.hidden_dim?"),
     "key without likeness": (["head.zzz=3"], "head.zzz", "no such option", "hidden_dim"),
     "misspelt top-level key": (["epoch=3"], "epoch", "no such option", "did you mean epochs?"),
+    "experiment of another task": (["experiment=demo", "task=preview"], "experiment=demo", "sets task.log_every", "choose its task"),
     "misspelt option of the task": (["log_evry=5"], "task.log_evry", "no such option", "did you mean task.log_every?"),
     "new key": (["+new.key=1"], "new", "no such option", "there are"),
     "new key in a group": (["+data.rot=1"], "data.rot", "no such option", "did you mean data.root?"),
