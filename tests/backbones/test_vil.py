@@ -234,6 +234,7 @@ def test_student_and_teacher_hear_of_the_progress():
         runtime=Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0),
         global_count=2,
         accumulation=1,
+        parts=2,
         mixing=None,
     )
     for share, neighbours in ((0.49, "random"), (0.5, "all")):
