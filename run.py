@@ -124,6 +124,14 @@ def execute(options: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(interruption, file=sys.stderr)
         sys.exit(interruption.exit_code)
+    except BrokenPipeError:
+        end_unread()
+
+
+def end_unread() -> None:
+    """The reader of our output has seen enough: `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
+    sys.exit(1)
 
 
 def run_rank(options: dict[str, Any]) -> None:
@@ -157,6 +165,5 @@ def build(node: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
-        sys.exit(1)
+    except BrokenPipeError:
+        end_unread()
