@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from esvit import distributed
 
-# Size of one chunk of float32 logits (there are two such buffers). CPU: 256 rows of 65,536 prototypes, from where the matrix
+# Size of one chunk of float32 logits. CPU: 256 rows of 65,536 prototypes, from where the matrix
 # products, each of which reads all prototypes once per chunk, gain no more by more rows. Elsewhere: 1,024 rows, to fill the device.
 CPU_CHUNK_BYTES = 64 * 2**20
 DEVICE_CHUNK_BYTES = 256 * 2**20
@@ -141,7 +141,7 @@ class WithGradients(torch.autograd.Function):
 
 
 class _Chunks:
-    """The two buffers of (rows, K) float32 that all chunks share, and the four operations on them.
+    """The buffer of (rows, K) float32 that all chunks share, and the four operations on it.
 
     Float16 alone needs care: its normal numbers end at 6e-5 and 65,504, and a probability of a 65,536-way softmax as well as
     the weight of one row in the total are below. Both are scaled up, so far that their product, summed over a chunk, still fits.
@@ -150,8 +150,7 @@ class _Chunks:
     def __init__(self, most_rows: int, count: int, dtype: torch.dtype, product_dtype: torch.dtype, device: torch.device):
         budget = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
         self.rows = min(most_rows, max(1, budget // (4 * count)))
-        self.logits = torch.empty(self.rows, count, dtype=dtype, device=device)
-        self.probabilities = torch.empty_like(self.logits)
+        self.buffer = torch.empty(self.rows, count, dtype=dtype, device=device)
         self.product_dtype = product_dtype
         self.is_exact = product_dtype == dtype
         self.lift = 2.0**15 / self.rows if product_dtype == torch.float16 else 1.0
@@ -164,24 +163,24 @@ class _Chunks:
 
         The softmax holds until the next call; it comes in the dtype of the products and times `lift`, ready for them.
         """
-        logits = self.logits[: len(embeddings)]
+        logits = self.buffer[: len(embeddings)]
         if self.is_exact:
             torch.mm(embeddings, matrix.T, out=logits)
         else:
             logits.copy_(embeddings.to(self.product_dtype) @ matrix.T)
         if shift is not None:
             logits.sub_(shift)
-        probabilities = self.probabilities[: len(embeddings)]
-        torch.softmax(logits, dim=1, out=probabilities)
+        largest = logits.amax(dim=1)
+        probabilities = torch.softmax(logits, dim=1, out=logits)
         # The largest logit is also its own probability's logarithm plus the logsumexp: cheaper than a second sum of exponentials.
-        logsumexp = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+        logsumexp = largest - probabilities.amax(dim=1).log()
         if self.lift != 1:
             probabilities.mul_(self.lift)
         return probabilities.to(self.product_dtype), logsumexp
 
     def mix(self, softmax: Tensor, matrix: Tensor) -> Tensor:
         """(rows, E): the mean prototype under each row's softmax."""
-        return (softmax @ matrix).to(self.logits.dtype) / self.lift
+        return (softmax @ matrix).to(self.buffer.dtype) / self.lift
 
     def add_outer(self, gradient: Tensor, softmax: Tensor, values: Tensor) -> None:
         """gradient (K, E) += softmax.T @ values (rows, E), accumulated in float32."""
