@@ -26,7 +26,7 @@ from esvit.backbones.layers import DropPath, drop_path_rates, relative_position_
 from esvit.errors import OptionError
 
 Shift = Literal["none", "mask_only", "rolled"]
-MASKED = -100.0  # added to scores between regions that must not see each other, as in the original
+MASKED = -1000.0  # added to scores between regions that must not see each other; the original's -100 leaves slow denormal numbers
 
 
 class Cvt(Backbone):

@@ -7,24 +7,29 @@ Unusual, all kept from the original because published weights depend on it:
 * padding is not masked: its keys and values are the bias of `qkv`, and they take part in the softmax;
 * LayerNorm's eps is 1e-6, not the official Swin's 1e-5.
 Unlike the original, images may be rectangular, shift masks are made once per map size and device, attention is fused where that is
-faster, and the relative-position index is no buffer (state dicts lack `relative_position_index`).
+faster, and the relative-position index is no buffer (state dicts lack `relative_position_index`). No layer runs on padding: what it
+adds is known beforehand, and a map that fits into one window is not cut at all.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
 from esvit.backbones.layers import DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
 from esvit.errors import OptionError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-MASKED = -100.0  # added to scores between regions that only the shift brought together, as in the original
+# Added to scores between regions that only the shift brought together. The original's -100 leaves weights of e^-100 beside those of a
+# sum of 1: nothing in float32, but denormal numbers, which made a shifted block's step on CPU two to three times as long.
+MASKED = -1000.0
 
 
 class Swin(Backbone):
@@ -182,9 +187,7 @@ class SwinBlock(AttentionBlock):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, N, d) -> the same shape."""
-        windows = _to_windows(self.norm1(tokens).unflatten(1, grid), self.window, self.shift)
-        attended = self.attn(windows, self._mask(grid, tokens.device))
-        tokens = tokens + self.drop_path(_from_windows(attended, grid, self.window, self.shift).flatten(1, 2))
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, self.shift, self._mask(grid, tokens.device)))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
     def attention(self, tokens: Tensor, grid: tuple[int, int]) -> AttentionWindows:
@@ -216,29 +219,66 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, W, T, d), mask (W, 1, T, T) or None -> (B, W, T, d)."""
-        query, key, value = self._project(windows)
-        bias = self._bias(mask)
-        # On CPU torch has no fused kernel for a mask that needs a gradient; its fallback takes 1.3 to 1.7 times as long as the plain path.
-        plain = windows.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad
-        attended = self._plain(query, key, value, bias) if plain else self._fused(query, key, value, bias)
-        return self.proj(attended.transpose(2, 3).flatten(3))
+    def forward(self, tokens: Tensor, grid: tuple[int, int], shift: int, mask: Tensor | None) -> Tensor:
+        """(B, N, d), mask (W, 1, T, T) or None -> (B, N, d)."""
+        attend = self._in_one_window if max(grid) <= self.window else self._in_windows
+        return self.proj(attend(tokens, grid, shift, mask))
+
+    def _in_windows(self, tokens: Tensor, grid: tuple[int, int], shift: int, mask: Tensor | None) -> Tensor:
+        """(B, N, d) -> (B, N, d), before the last projection."""
+        places = _places(grid, self.window, shift, tokens.device)
+        if len(places.padding):
+            projected = _into_slots(self.qkv(tokens), self.qkv.bias, places)
+        else:
+            projected = self.qkv(_into_slots(tokens, None, places))
+        query, key, value = self._parts(projected.unflatten(1, (-1, self.window**2)))
+        attended = self._attend(query, key, value, self._bias(mask))
+        return _out_of_slots(attended.transpose(2, 3).flatten(3).flatten(1, 2), places)
+
+    def _in_one_window(self, tokens: Tensor, grid: tuple[int, int], shift: int, mask: Tensor | None) -> Tensor:
+        """The same for a map of one window: cells stay in their order, and all padding is one more key."""
+        query, key, value = self._parts(self.qkv(tokens).unsqueeze(1))
+        if tokens.shape[1] < self.window**2:
+            _, key_of_padding, value_of_padding = self._parts(self.qkv.bias.to(key.dtype).expand(tokens.shape[0], 1, 1, -1))
+            key, value = torch.cat([key, key_of_padding], dim=3), torch.cat([value, value_of_padding], dim=3)
+        attended = self._attend(query, key, value, self._bias_of_cells(grid, shift, mask))
+        return attended.squeeze(1).transpose(1, 2).flatten(2)
 
     def weights(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """(B, W, T, d), mask (W, 1, T, T) or None -> softmax weights (B, W, heads, T, T)."""
-        query, key, _ = self._project(windows)
+        query, key, _ = self._parts(self.qkv(windows))
         return self._softmax(query, key, self._bias(mask))
 
-    def _project(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """(B, W, T, d) -> query, key, value, each (B, W, heads, T, d / heads)."""
-        projected = self.qkv(windows).unflatten(-1, (3, self.heads, -1))
-        return projected.permute(3, 0, 1, 4, 2, 5).unbind(0)
+    def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """(B, W, T, 3 d) -> query, key, value, each (B, W, heads, T, d / heads)."""
+        return projected.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
 
     def _bias(self, mask: Tensor | None) -> Tensor:
         """What is added to the scores: (1, heads, T, T), or (W, heads, T, T) with a mask."""
         bias = relative_position_bias(self.relative_position_bias_table, self.window).unsqueeze(0)
         return bias if mask is None else bias + mask
+
+    def _bias_of_cells(self, grid: tuple[int, int], shift: int, mask: Tensor | None) -> Tensor:
+        """The same for a map of one window, cell by cell instead of slot by slot: (1, heads, N, N), or N + 1 keys with padding.
+
+        All padding has one key and one value, so that its part of the softmax is that of one key whose bias is the logsumexp of theirs.
+        """
+        rows, columns = grid
+        bias = self._bias(mask)[0].unflatten(2, (self.window, self.window)).unflatten(1, (self.window, self.window))
+        if shift:
+            bias = bias.roll((shift,) * 4, dims=(1, 2, 3, 4))
+        bias = bias[:, :rows, :columns].flatten(1, 2)
+        of_cells = bias[:, :, :rows, :columns].flatten(2)
+        if rows * columns == self.window**2:
+            return of_cells.unsqueeze(0)
+        of_padding = torch.cat([bias[:, :, rows:].flatten(2), bias[:, :, :rows, columns:].flatten(2)], dim=-1)
+        return torch.cat([of_cells, of_padding.logsumexp(dim=-1, keepdim=True)], dim=-1).unsqueeze(0)
+
+    @classmethod
+    def _attend(cls, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        # On CPU torch has no fused kernel for a mask that needs a gradient; its fallback takes 1.3 to 1.7 times as long as the plain path.
+        plain = query.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad
+        return cls._plain(query, key, value, bias) if plain else cls._fused(query, key, value, bias)
 
     @staticmethod
     def _softmax(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
@@ -270,14 +310,89 @@ def _to_windows(cells: Tensor, window: int, shift: int) -> Tensor:
     return cells.transpose(2, 3).reshape(batch, -1, window * window, dim)
 
 
-def _from_windows(windows: Tensor, grid: tuple[int, int], window: int, shift: int) -> Tensor:
-    """The inverse: (B, W, T, d) -> (B, R, Q, d) without the padding."""
-    rows, columns = (size + -size % window for size in grid)
-    cells = windows.view(windows.shape[0], rows // window, columns // window, window, window, -1)
-    cells = cells.transpose(2, 3).reshape(windows.shape[0], rows, columns, -1)
-    if shift:
-        cells = cells.roll((shift, shift), dims=(1, 2))
-    return cells[:, : grid[0], : grid[1]]
+@dataclass(frozen=True)
+class Places:
+    """Where the cells of a map are, once it is cut into windows.
+
+    cells    (W * T) int64  the cell in each slot, N for padding
+    slots    (N) int64      the slot of each cell
+    padding  int64          the slots without a cell
+    """
+
+    cells: Tensor
+    slots: Tensor
+    padding: Tensor
+
+
+def _make_places(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Places:
+    numbers = torch.arange(-grid[0] * grid[1], 0, device=device).view(1, *grid, 1)  # below 0, so that padding becomes 0
+    cells = _to_windows(numbers, window, shift).flatten() + grid[0] * grid[1]
+    rows, columns = ((torch.arange(size + -size % window, device=device) - shift) % (size + -size % window) for size in grid)
+    windows = (rows // window)[:, None] * (len(columns) // window) + columns // window
+    slots = windows * window**2 + (rows % window)[:, None] * window + columns % window  # of the padded map
+    padding = torch.cat([slots[grid[0] :].flatten(), slots[: grid[0], grid[1] :].flatten()])
+    return Places(cells=cells, slots=slots[: grid[0], : grid[1]].flatten(), padding=padding)
+
+
+@lru_cache(maxsize=64)
+def _kept_places(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Places:
+    """Made once for a map size, like `_shift_mask`."""
+    with torch.inference_mode(False):
+        return _make_places(grid, window, shift, device)
+
+
+def _places(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Places:
+    make = _make_places if torch.compiler.is_compiling() else _kept_places
+    return make(grid, window, shift, device)
+
+
+def _into_slots(cells: Tensor, padding: Tensor | None, places: Places) -> Tensor:
+    """(B, N, d) and, where there is padding, what stands there (d) -> (B, W * T, d)."""
+    if padding is not None:
+        padding = padding.to(cells.dtype)
+    return _IntoSlots.apply(cells, padding, places.cells, places.slots, places.padding)
+
+
+def _out_of_slots(slots: Tensor, places: Places) -> Tensor:
+    """(B, W * T, d) -> (B, N, d) without the padding."""
+    return _OutOfSlots.apply(slots, places.cells, places.slots, len(places.padding) > 0)
+
+
+class _IntoSlots(torch.autograd.Function):
+    """One lookup, whose backward is a lookup too: torch's own would add into the cells, which it cannot know to be met once each."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, padding: Tensor | None, of_slots: Tensor, of_cells: Tensor, of_padding: Tensor) -> Tensor:
+        ctx.save_for_backward(of_cells, of_padding)
+        ctx.has_padding = padding is not None
+        if padding is not None:
+            cells = torch.cat([cells, padding.expand(cells.shape[0], 1, -1)], dim=1)
+        return cells.index_select(1, of_slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_cells, of_padding = ctx.saved_tensors
+        padding = gradient.index_select(1, of_padding).sum(dim=(0, 1)) if ctx.has_padding else None
+        return gradient.index_select(1, of_cells), padding, None, None, None
+
+
+class _OutOfSlots(torch.autograd.Function):
+    """The same in the other direction; padding's gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, of_slots: Tensor, of_cells: Tensor, has_padding: bool) -> Tensor:
+        ctx.save_for_backward(of_slots)
+        ctx.has_padding = has_padding
+        return slots.index_select(1, of_cells)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_slots,) = ctx.saved_tensors
+        if ctx.has_padding:
+            gradient = F.pad(gradient, (0, 0, 0, 1))
+        return gradient.index_select(1, of_slots), None, None, None
 
 
 def _pad_to_multiple(cells: Tensor, size: int) -> Tensor:

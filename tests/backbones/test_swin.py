@@ -87,6 +87,50 @@ def test_shift_mask_hides_cells_that_only_the_shift_brought_together():
     assert moved[:15].max() == 0.0 and moved[15] > 0.1
 
 
+def padded_attention(block: SwinBlock, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, d) -> (B, N, d) as the original computes it: pad, roll, cut, project everything, and undo it all."""
+    attn, window = block.attn, block.window
+    rows, columns = (size + -size % window for size in grid)
+    cells = F.pad(tokens.unflatten(1, grid), (0, 0, 0, columns - grid[1], 0, rows - grid[0])).roll((-block.shift,) * 2, dims=(1, 2))
+    windows = cells.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    value = attn.qkv(windows).unflatten(-1, (3, attn.heads, -1))[:, :, :, 2].transpose(2, 3)
+    mixed = attn.proj((attn.weights(windows, block._mask(grid, tokens.device)) @ value).transpose(2, 3).flatten(3))
+    cells = mixed.unflatten(2, (window, window)).unflatten(1, (rows // window, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return cells.roll((block.shift,) * 2, dims=(1, 2))[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("grid", [(3, 3), (5, 5), (5, 2), (3, 12), (10, 10), (9, 6)])
+def test_attention_and_its_gradients_are_those_of_the_padded_map_to_the_last_digits(grid, shift):
+    torch.manual_seed(0)
+    block = SwinBlock(dim=8, heads=2, window=5, shift=shift, mlp_ratio=2.0, drop_path_rate=0.0).double()
+    for parameter in block.attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(tokens)
+    answers = []
+    for attended in (block.attn(tokens, grid, shift, block._mask(grid, tokens.device)), padded_attention(block, tokens, grid)):
+        answers.append([attended, *torch.autograd.grad(attended, [tokens, *block.attn.parameters()], cotangent)])
+    for ours, padded in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, padded, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [224, 96])
+def test_no_layer_runs_on_padding(side):
+    network, rows = swin().eval(), []
+    for block in blocks_of(network):
+        for layer in (block.attn.qkv, block.attn.proj):
+            layer.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[:-1].numel()))
+    network(torch.randn(1, 3, side, side))
+    assert rows == [(side // 4 // 2**stage) ** 2 for stage in (0, 0, 1, 2, 2, 3) for _ in range(2)]
+
+
+def test_hidden_slots_have_no_weight_at_all_rather_than_a_denormal_one():
+    """A processor computes with denormal numbers many times slower."""
+    for block in swin().eval().window_attentions(torch.randn(1, 3, 96, 96)):
+        assert not ((block.weights > 0) & (block.weights < torch.finfo(torch.float32).tiny)).any()
+
+
 def test_shift_masks_are_made_once_for_a_map_size():
     network = swin()
     swin_module._shift_mask.cache_clear()
