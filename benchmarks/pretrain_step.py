@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -181,9 +181,9 @@ class LossInput:
 
 
 class Parts:
-    """The objects that a pre-training run with the same options has, made anew at every call."""
+    """The objects that a pre-training run with the same options has, made anew at every call. overrides: options of a run, besides."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: str, runtime: Runtime):
+    def __init__(self, arguments: argparse.Namespace, folder: str, runtime: Runtime, overrides: Sequence[str] = ()):
         self._arguments = arguments
         self._runtime = runtime
         schema.register()
@@ -197,6 +197,7 @@ class Parts:
                     f"data.root={folder}",
                     f"data.batch_size={arguments.batch_size}",
                     "data.workers=1",
+                    *overrides,
                 ],
             )
             self._losses = {name: compose("config", overrides=[f"loss={name}"]).loss for name in ("view", "view_region")}
