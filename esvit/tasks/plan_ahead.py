@@ -13,11 +13,13 @@ import torch
 
 from esvit.errors import OptionError
 from esvit.schedules import Schedules, scaled_learning_rate
+from esvit.tasks.plan_ranks import Traffic, efficiency_lines
 from esvit.tasks.plan_step import StepCost, count_step
 from esvit.tasks.pretrain import Pretrain
 from esvit.tasks.throughput import table_row
 
 IMAGENET_IMAGES = 1_281_167
+_FAST = "H100 80 GB"
 _RESERVED_BYTES = 1.5e9  # CUDA's context and libraries, NCCL's buffers
 _USABLE = 0.9  # of the rest: what fragmentation leaves
 
@@ -107,6 +109,7 @@ def plan_ahead(make_task: Callable[[], Pretrain], around: Surroundings) -> list[
         "",
         *_gpu_table(task, cost, around, keeps_gradients, seen),
         *_measured(task, cost, around, seen),
+        *_communication(task, cost, around),
         *([] if around.script is None else ["", "would be submitted:", "", around.script.rstrip()]),
     ]
 
@@ -210,6 +213,31 @@ def _largest_batch(gpu: Gpu, cost: StepCost, batch: int, keeps_gradients: bool) 
     usable = (gpu.memory * 2**30 - _RESERVED_BYTES) * _USABLE
     left = usable - cost.weights - cost.moments - cost.gradients_beside(keeps_gradients=keeps_gradients)
     return max(0, int(left / (cost.activations / batch)))
+
+
+def _communication(task: Pretrain, cost: StepCost, around: Surroundings) -> list[str]:
+    """How the step would scale over GPUs; a fast one, which leaves least time to hide behind, where nothing was measured."""
+    if around.processes == 1:
+        return []
+    batch = task.data.batch_size
+    gpu = next(each for each in GPUS if each.name == _FAST)
+    _, share = _shares(around)
+    rate = share * (gpu.single if around.precision == "fp32" else gpu.half) * 1e12
+    seconds, basis = 2 * cost.flops / rate, f"{gpu.name} at {share:.0%} of its peak, assumed"
+    if around.images_per_second is not None:
+        seconds, basis = batch / around.images_per_second, "as given"
+    heads = 2 if task.loss.needs_regions else 1
+    traffic = Traffic(
+        gradients=cost.early_gradients,
+        prototypes=cost.gradients - cost.early_gradients,
+        centres=heads * (4 * task.head.bottleneck_dim,),
+    )
+    return [
+        "",
+        *efficiency_lines(
+            compute=seconds * task.accumulation, last_backward=seconds * cost.last_flops / cost.flops, traffic=traffic, basis=basis
+        ),
+    ]
 
 
 def _measured(task: Pretrain, cost: StepCost, around: Surroundings, seen: int) -> list[str]:

@@ -42,6 +42,7 @@ class StepCost:
     moments      the optimizer's state
     passes       everything else that is alive when it is most, in each pass of the student: the batch and the loss's chunks too
     flops        multiply-adds of teacher, student (three times its forward pass) and loss
+    last_flops   of these, the last pass of backward
     """
 
     parameters: int
@@ -53,6 +54,7 @@ class StepCost:
     moments: int
     passes: tuple[int, ...]
     flops: int
+    last_flops: int
 
     @property
     def activations(self) -> int:
@@ -103,11 +105,12 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
             teacher_flops = flops.total
             loss = task.loss.against(targets, network.prototypes(), teacher_prototypes, 0.04, crops=len(crops))
             mixed, mixing = task.mixing(crops, np.random.default_rng(0)) if task.mixing.is_on else (crops, None)
-            student_flops, peaks = 0, []
+            student_flops, last_flops, peaks = 0, 0, []
             for group in network.passes(mixed, parts=task.parts):
                 before = flops.total
                 outputs = network(mixed[group])
-                student_flops += flops.total - before
+                last_flops = flops.total - before
+                student_flops += last_flops
                 terms = loss.terms(outputs, group, mixing)
                 del outputs, terms
                 peaks.append(live.peak - weights_and_moments)
@@ -124,6 +127,7 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
         early_gradients=_bytes([each for each in trained if id(each) not in prototypes]),
         passes=tuple(peaks),
         flops=(teacher_flops + 3 * student_flops + loss_flops) // 2,
+        last_flops=last_flops,  # twice a forward pass, of two operations for a multiply-add
     )
 
 

@@ -15,6 +15,7 @@ from esvit.records import StepValues
 from esvit.runtime import Runtime
 from esvit.tasks.distillation import Distillation
 from esvit.tasks.plan_ahead import GPUS, Surroundings, plan_ahead
+from esvit.tasks.plan_ranks import BUCKET_BYTES, Link, Traffic, seconds_of_step
 from esvit.tasks.plan_step import count_step
 from esvit.tasks.throughput import LiveTensors, add_row, flops
 from run import build
@@ -106,6 +107,31 @@ def test_half_precision_needs_less_and_twice_the_images_twice_as_much(options):
     assert (single.weights, single.moments, single.flops) == (half.weights, half.moments, half.flops)
     twice = count_step(on_meta(task), batch_size=8, precision="fp32")
     assert twice.activations == pytest.approx(2 * single.activations, rel=0.1)
+
+
+def test_a_plan_for_several_gpus_tells_what_they_send(options):
+    """Gradients of everything trained, and the mean embedding of both heads."""
+    given = options("loss=view_region", "launcher=gpus", "launcher.processes=8", "planning.images_per_second=100", "planning.images=1000")
+    cost = count_step(on_meta(given), batch_size=4, precision="fp32")
+    text = plan(given)
+    assert f"{(cost.gradients + 2 * 4 * 16 + 4) / 1e6:.1f} MB all-reduced per step" in text
+    assert f"40 ms per step on one GPU (as given), {40 * cost.last_flops / cost.flops:.0f} ms of them" in text
+    assert "efficiency" not in plan(options("planning.images=1000"))
+
+
+def test_gradients_hide_behind_the_last_pass_of_backward_but_for_the_last_bucket():
+    """100 MB in 4 ranks by a link of 1 GB/s, of which 0.8 are used: 1.5 x 100 MB in 0.1875 s, and the prototypes' 10 MB in 0.01875 s."""
+    link = Link("slow", 1.0, 0.0)
+    traffic = Traffic(gradients=100_000_000, prototypes=10_000_000, centres=(0,), flag=0)
+
+    def seconds(last_backward: float, ranks: int) -> float:
+        return seconds_of_step(compute=1.0, last_backward=last_backward, traffic=traffic, link=link, ranks=ranks)
+
+    assert seconds(0.1, 4) == pytest.approx(1 + 0.0875 + 0.01875)
+    assert seconds(0.5, 4) == pytest.approx(1 + 1.5 * BUCKET_BYTES / 0.8e9 + 0.01875)
+    assert seconds(0.1, 1) == 1.0
+    slow_to_begin = Link("late", 1.0, 0.001)
+    assert slow_to_begin.all_reduce(0, 4) == pytest.approx(0.006)
 
 
 def test_a_plan_needs_no_data_and_tells_what_was_assumed(options):
