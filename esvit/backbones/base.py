@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esvit.backbones.layers import DropPath, resized_bias_table
+from esvit.backbones.layers import AttentionLayer, DropPath, MlpLayer, resized_bias_table
+from esvit.backbones.recomputing import recompute
 from esvit.errors import OptionError
 from esvit.records import Features
+
+GRAPHS = 1024  # how many graphs the blocks of student and teacher may need together
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,39 @@ class Backbone(nn.Module, ABC):
     def all_blocks(self) -> list[nn.Module]:
         """Every block, first to last: those with attention, unless a network has others and lists them."""
         return [block for stage in self.attention_blocks() for block in stage]
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """The modules that make up nearly all of the network, block by block: what recomputing and compiling go by."""
+        return self.all_blocks()
+
+    def recompute(self, what: str) -> None:
+        """In training, compute activations of these parts again instead of keeping them: "none", "mlp", "attention" or "blocks".
+
+        Raises OptionError for a network that has no such parts.
+        """
+        layers = {"mlp": MlpLayer, "attention": AttentionLayer}
+        if what == "none":
+            return
+        parts = [part for part in self.modules() if isinstance(part, layers[what])] if what in layers else self.repeated_parts()
+        if not parts:
+            raise OptionError("task.recompute", f"{what}, of which {type(self).__name__} has none", "use blocks, or none")
+        for part in parts:
+            recompute(part)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile make each block one graph for each size of crops. Names and values of parameters stay.
+
+        Raises OptionError for a network without blocks.
+        """
+        if not self.repeated_parts():
+            raise OptionError("task.compile", f"{type(self).__name__} has no blocks to compile", "use task.compile=false")
+        import torch._dynamo  # seconds, for nothing where nothing is compiled
+
+        # Blocks share their code, of which each stage, drop-path rate and size of crops needs a graph: more than torch allows.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, GRAPHS)
+        for block in self.repeated_parts():
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def parameters_by_depth(self) -> list[list[str]]:
         """Names of all parameters, from input to output: before the first block, each block with what leads to the next, the final norm.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
-from esvit.backbones.layers import DropPath, drop_path_rates, relative_position_bias
+from esvit.backbones.layers import AttentionLayer, DropPath, MlpLayer, drop_path_rates, relative_position_bias
 from esvit.errors import OptionError
 
 Shift = Literal["none", "mask_only", "rolled"]
@@ -196,7 +196,7 @@ class Residual(nn.Module):
         return cells + self.drop_path(self.fn(self.norm(cells)))
 
 
-class ConvMlp(nn.Module):
+class ConvMlp(MlpLayer):
     """Two 1 x 1 convolutions with a QuickGELU between them."""
 
     def __init__(self, dim: int, hidden_dim: int):
@@ -290,7 +290,7 @@ class Windows:
         return self.cut(self.pad(numbers))[0, :, :, 0] - 1
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(AttentionLayer):
     """Multi-head self-attention inside windows of a map, with the projections around it."""
 
     def __init__(self, *, dim: int, heads: int, window: int, relative_position: bool, shift: Shift):

@@ -32,7 +32,15 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class Mlp(nn.Module):
+class AttentionLayer(nn.Module):
+    """A layer that mixes tokens, with the projections before and after: a part of a block that may be recomputed by itself."""
+
+
+class MlpLayer(nn.Module):
+    """A layer that works on each token alone, many times wider inside: likewise."""
+
+
+class Mlp(MlpLayer):
     """Two linear layers with an exact GELU between them."""
 
     def __init__(self, *, dim: int, hidden_dim: int):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
-from esvit.backbones.layers import DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
+from esvit.backbones.layers import AttentionLayer, DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
 from esvit.errors import OptionError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -207,7 +207,7 @@ class SwinBlock(AttentionBlock):
         return f"window={self.window}, shift={self.shift}"
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(AttentionLayer):
     """Multi-head self-attention inside windows, with a learned bias per head and relative position."""
 
     def __init__(self, *, dim: int, heads: int, window: int):

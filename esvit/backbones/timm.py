@@ -100,6 +100,15 @@ class Timm(Backbone):
         ours = {name: value for name, value in state.items() if name.startswith("model.")}
         return ours | {f"model.{name}": value for name, value in theirs.items() if not name.startswith(prefixes)}
 
+    def repeated_parts(self) -> list[nn.Module]:
+        """What timm calls `blocks`, of the whole network or of each of its stages."""
+        return [
+            part
+            for module in self.model.modules()
+            if isinstance(blocks := getattr(module, "blocks", None), nn.Module)
+            for part in blocks.children()
+        ]
+
     def disable_drop_path(self) -> None:
         super().disable_drop_path()
         for module in self.modules():

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
-from esvit.backbones.layers import DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
+from esvit.backbones.layers import AttentionLayer, DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
 from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, join_chunks, key_chunks, limits, neighbourhood_bias, query_chunks
 from esvit.errors import OptionError
 
@@ -127,6 +127,10 @@ class Vil(Backbone):
 
     def attention_blocks(self) -> list[list[AttentionBlock]]:
         return [cast(list[AttentionBlock], layer.attention_blocks()) for layer in self._layers()]
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """Here attention and MLP are blocks of their own."""
+        return [part for layer in self._layers() for part in list(layer)[1:]]
 
     def set_progress(self, share: float) -> None:
         """From the share `all_neighbours_from` of training on, a random neighbour gives way to all of them."""
@@ -293,7 +297,7 @@ class VilMlpBlock(nn.Module):
         return tokens + self.drop_path(self.mlp(self.norm(tokens)))
 
 
-class VilAttention(nn.Module, ABC):
+class VilAttention(AttentionLayer, ABC):
     """What full and sliding attention share: the biases of global tokens, and their rows of the attention.
 
     span  differences of position along one axis that the bias tells apart, or None for no bias at all

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
-from esvit.backbones.layers import DropPath, Mlp, drop_path_rates, init_transformer
+from esvit.backbones.layers import AttentionLayer, DropPath, Mlp, drop_path_rates, init_transformer
 from esvit.errors import OptionError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -145,7 +145,7 @@ class ViTBlock(AttentionBlock):
         return AttentionWindows(self.attn.weights(self.norm1(tokens)).unsqueeze(1), places)
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head self-attention of all tokens."""
 
     def __init__(self, *, dim: int, heads: int):

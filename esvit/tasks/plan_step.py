@@ -84,6 +84,7 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
     network = task.head.attach(task.backbone, regions=task.loss.needs_regions)
     task.loss.setup(prototypes=task.head.prototypes)
     teacher = Teacher(network)
+    network.backbone.recompute(task.recompute)
     sizes = task.augmentation.crop_sizes
     with _fake(), torch.device(device):
         for module in (network, teacher, task.loss):

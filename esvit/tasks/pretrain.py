@@ -62,6 +62,8 @@ class Pretrain:
 
     accumulation        micro-batches per optimizer step
     parts               in which the student's crops of one size pass forward and backward, one after the other
+    recompute           of the student's backbone: "mlp", "attention" or "blocks" are computed twice instead of kept, or "none"
+    compile             let torch.compile make graphs of the blocks of both backbones
     log_every           optimizer steps between log records
     health_every        optimizer steps between signs of health; 0 means never
     checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
@@ -89,6 +91,8 @@ class Pretrain:
     max_steps: int | None
     accumulation: int
     parts: int
+    recompute: str
+    compile: bool
     log_every: int
     health_every: int
     checkpoint_every: int
@@ -124,6 +128,8 @@ class Pretrain:
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
+        if self.compile and self.recompute != "none":
+            raise OptionError("task.compile", f"does not go with task.recompute={self.recompute}", "choose one of the two")
         if self.start_epoch >= self.epochs:
             found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
@@ -183,6 +189,10 @@ class _Run:
             parts=task.parts,
             mixing=task.mixing if task.mixing.is_on else None,
         )
+        task.backbone.recompute(task.recompute)
+        if task.compile:
+            for each in (self.distillation.network, self.distillation.teacher.network):
+                each.backbone.compile_blocks()
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()
         self.meter = Meter(runtime.device)
         self.loader_health = LoaderHealth(

@@ -32,12 +32,23 @@ class OnlineLinear:
     learning_rate: float = 0.1  # of that classifier at the first step, for 256 images a step; falls to 0 over the training
 
 
+class Recompute(Enum):
+    none = "none"
+    mlp = "mlp"
+    attention = "attention"
+    blocks = "blocks"
+
+
 @dataclass
 class Pretrain:
     _target_: str = "esvit.tasks.pretrain.Pretrain"
     has_run_folder: bool = True
     accumulation: int = 1  # micro-batches per optimizer step
     parts: int = 2  # in which the student's crops of one size pass forward and backward in turn: more need less memory; no batch norm
+    recompute: Recompute = (
+        Recompute.none
+    )  # the student's mlp, attention or blocks are computed twice, to keep less memory; none: all is kept
+    compile: bool = False  # torch.compile for the blocks of both backbones: minutes at the start, faster steps on a GPU; not with recompute
     log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
