@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
+from esvit import distributed
 from esvit.errors import OptionError
 
 LATEST = "checkpoint.pt"
@@ -165,7 +166,8 @@ def strict_load(module: nn.Module, state: dict[str, Any], *, option: str, what: 
     if any(differences):
         found = f"the weights of the {what} do not fit: {', '.join(text for text in differences if text)}"
         raise OptionError(option, found, remedy)
-    module.load_state_dict(state)
+    ours = module.state_dict()
+    module.load_state_dict({name: distributed.shared_like(value, ours[name]) for name, value in state.items()})
 
 
 def _candidates(folder: Path) -> list[Path]:

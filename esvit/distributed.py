@@ -1,14 +1,18 @@
 """Communication between ranks. Every function is the identity with one process, so no caller ever asks."""
 
 import os
+import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_active() -> bool:
@@ -96,12 +100,68 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+# ---------------------------------------------------------------------------------------------------- tensors in shares
+
+
+def is_sharded(thing: Any) -> TypeGuard["DTensor"]:
+    """Whether it is a tensor of which each rank has a share only."""
+    loaded = sys.modules.get("torch.distributed.tensor")  # its import takes seconds, which only those wait who shard
+    return loaded is not None and isinstance(thing, loaded.DTensor)
+
+
+def shares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's share of each, and what is whole as it is; they have the memory of `tensors`."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norms (n,) of the n tensors, which may be in shares; one communication for all that are."""
+    found = torch.stack(list(torch._foreach_norm(shares(tensors))))
+    sharded = next((tensor for tensor in tensors if is_sharded(tensor)), None)
+    if sharded is None:
+        return found
+    (dimension,) = (number for number, placement in enumerate(sharded.placements) if placement.is_shard())
+    in_shares = torch.tensor([is_sharded(tensor) for tensor in tensors]).to(found.device)
+    squares = torch.where(in_shares, found.square(), 0.0)
+    dist.all_reduce(squares, group=sharded.device_mesh.get_group(dimension))
+    return torch.where(in_shares, squares.sqrt(), found)
+
+
+def gathered(state: Any, *, everywhere: bool) -> Any:
+    """The same containers with whole tensors, those that were in shares on the CPU; all ranks call it together.
+
+    everywhere  on every rank; otherwise ranks other than 0, where memory for it is lacking, get empty tensors instead
+    """
+    if isinstance(state, dict):
+        return type(state)((name, gathered(value, everywhere=everywhere)) for name, value in state.items())
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered(value, everywhere=everywhere) for value in state)
+    if not is_sharded(state):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if everywhere or rank() == 0 else whole.new_empty(0)
+
+
+def shared_like(whole: Tensor, ours: Tensor) -> Tensor:
+    """`whole`, which every rank has, in shares as `ours` is; itself where `ours` is whole."""
+    if not is_sharded(ours):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(ours.device), ours.device_mesh, ours.placements, src_data_rank=None)
+
+
+# ---------------------------------------------------------------------------------------------------- whole networks
+
+
 def over_ranks(network: nn.Module, *, device: torch.device, deterministic: bool) -> nn.Module:
-    """The network, its gradients averaged over ranks; buffers (batch norm's statistics, which training never reads) are not broadcast.
+    """The network, its gradients averaged over ranks (one in shares does so itself).
+
+    Buffers (batch norm's statistics, which training never reads) are not broadcast.
 
     deterministic  a resumed run rounds as one that was never stopped, with more than two ranks too
     """
-    if world_size() == 1:
+    if world_size() == 1 or any(is_sharded(parameter) for parameter in network.parameters()):
         return network
     device_ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows

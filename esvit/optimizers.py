@@ -10,6 +10,7 @@ Unusual here:
   layer); zeros give the same numbers without either. It also makes every checkpoint complete, so that loading can be strict.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esvit import distributed
 from esvit.errors import OptionError
 from esvit.records import StepValues
 
@@ -46,6 +48,8 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """What weight decay applies to, and the rest: two groups for each learning rate; frozen parameters are in none.
 
+    Parameters in shares and whole ones are in groups of their own: no kernel takes both.
+
     rate_scales   factor of the learning rate for each parameter by name; None means 1 for all
     tables_decay  as in the paper's code everything that is not 1-D and not named `*.bias` decays, hence also relative-position tables,
                   position embeddings and a trainable `weight_g` of the prototypes. False: weights of layers only, `*weight`, as recipes
@@ -53,23 +57,25 @@ def parameter_groups(
     """
     trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     scales = {1.0} if rate_scales is None else set(rate_scales.values())
+    in_shares = {distributed.is_sharded(parameter) for _, parameter in trainable} or {False}
     groups = []
-    for decayed in (True, False):
-        for scale in sorted(scales):
-            chosen = [
-                (name, parameter)
-                for name, parameter in trainable
-                if _decays(name, parameter, tables_decay) == decayed and (rate_scales is None or rate_scales[name] == scale)
-            ]
-            groups.append(
-                ParameterGroup(
-                    names=[name for name, _ in chosen],
-                    parameters=[parameter for _, parameter in chosen],
-                    last_layer=[LAST_LAYER in name for name, _ in chosen],
-                    decayed=decayed,
-                    rate_scale=scale,
-                )
+    for decayed, scale, sharded in itertools.product((True, False), sorted(scales), sorted(in_shares)):
+        chosen = [
+            (name, parameter)
+            for name, parameter in trainable
+            if _decays(name, parameter, tables_decay) == decayed
+            and (rate_scales is None or rate_scales[name] == scale)
+            and distributed.is_sharded(parameter) == sharded
+        ]
+        groups.append(
+            ParameterGroup(
+                names=[name for name, _ in chosen],
+                parameters=[parameter for _, parameter in chosen],
+                last_layer=[LAST_LAYER in name for name, _ in chosen],
+                decayed=decayed,
+                rate_scale=scale,
             )
+        )
     return groups
 
 
@@ -82,22 +88,18 @@ def clip_each_(gradients: list[Tensor], limit: float) -> Tensor:
 
     The coefficient is limit / (norm + 1e-6) where that is below 1 (the paper's utils.clip_gradients).
     """
-    norms = _norms(gradients)
+    norms = distributed.norms(gradients)
     coefficients = (limit / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(coefficients.unbind()))
+    torch._foreach_mul_(distributed.shares(gradients), list(coefficients.unbind()))
     return norms
 
 
 def clip_global_(gradients: list[Tensor], limit: float) -> Tensor:
     """Scale all gradients, in place, by one factor to a joint L2 norm of at most `limit`; returns the norm of each (n,) from before."""
-    norms = _norms(gradients)
+    norms = distributed.norms(gradients)
     coefficient = (limit / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, coefficient)
+    torch._foreach_mul_(distributed.shares(gradients), coefficient)
     return norms
-
-
-def _norms(gradients: list[Tensor]) -> Tensor:
-    return torch.stack(list(torch._foreach_norm(gradients)))
 
 
 class StudentOptimizer:
@@ -159,7 +161,7 @@ class StudentOptimizer:
         elif self.clip == "global":
             norms = clip_global_(gradients, self.clip_norm)
         else:
-            norms = _norms(gradients)
+            norms = distributed.norms(gradients)
         norm = torch.linalg.vector_norm(norms)
         if self.last_layer_frozen:  # dropped, not zeroed, and only after clipping: neither decay nor momentum moves the prototypes
             for group in self.groups:
@@ -202,7 +204,7 @@ class StudentOptimizer:
             raise OptionError("output_dir", f"the optimizer's state holds {held}", "resume with the precision of that run")
         for name, state in ours.items():
             for key, value in state.items():
-                value.copy_(theirs[name][key])
+                value.copy_(distributed.shared_like(theirs[name][key], value))
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
 

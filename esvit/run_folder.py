@@ -16,7 +16,7 @@ from esvit.errors import OptionError
 
 # A resumed run may change these: they do not change what is computed, or only how far.
 _FREE = ("output_dir", "name", "device", "launcher", "tracking", "max_steps", "checkpoint", "choices", "then", "evaluate", "evaluate_every",
-         "runtime.threads", "runtime.timeout_minutes", "runtime.stall_minutes", "data.workers",
+         "task.sharding", "runtime.threads", "runtime.timeout_minutes", "runtime.stall_minutes", "data.workers",
          "data.cache", "data.cache_gb", "data.index_cache")  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from esvit.networks import MultiCropNetwork
 from esvit.optimizers import StudentOptimizer
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights, StepValues
 from esvit.runtime import Runtime
+from esvit.tasks import sharding
 from esvit.teacher import Teacher
 
 Phase = Callable[[str], contextlib.AbstractContextManager]
@@ -68,6 +69,7 @@ class Distillation:
     accumulation   micro-batches per step
     parts          in which the crops of one size pass forward, loss and backward, one after the other
     mixing         mixes the student's images, or None; the teacher sees clean ones
+    teacher        of the student, both in shares already (sharding.py); None: made here
     phase          context manager around each part of the step, for profilers
     """
 
@@ -82,10 +84,11 @@ class Distillation:
         accumulation: int,
         parts: int,
         mixing: Mixing | None,
+        teacher: Teacher | None = None,
         phase: Phase = record_function,
     ):
         self.network = network
-        self.teacher = Teacher(network)
+        self.teacher = Teacher(network) if teacher is None else teacher
         self.loss = loss
         self.optimizer = optimizer
         self.runtime = runtime
@@ -94,6 +97,7 @@ class Distillation:
         self.parts = parts
         self.mixing = mixing
         self.phase = phase
+        self._is_sharded = sharding.is_sharded(network)
         self.student = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
 
     def step(self, micro_batches: Iterable[list[Tensor]], now: StepValues, *, sound: Tensor, rng: np.random.Generator) -> StepResult:
@@ -137,6 +141,8 @@ class Distillation:
             all_terms.append(_sum(shares))
         with self.phase("backward"):
             self.optimizer.backward_from([(weights, gradient.div_(self.accumulation)) for weights, gradient in prototype_gradients])
+            if self._is_sharded:
+                sharding.average_whole_gradients(self.network)
         terms = _mean(all_terms)
         finite_here = terms.total.isfinite()
         finite = sound & distributed.minimum(finite_here.float()).bool()
@@ -167,18 +173,26 @@ class Distillation:
             network.backbone.set_progress(share)
 
     def state_dict(self) -> dict:
-        """Plain containers and tensors; `student` and `teacher` are state dicts of `MultiCropNetwork`."""
-        return {
-            "student": self.network.state_dict(),
-            "teacher": self.teacher.network.state_dict(),
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Plain containers and tensors; `student` and `teacher` are state dicts of `MultiCropNetwork`.
+
+        All ranks call it together; only rank 0's is whole.
+        """
+        return distributed.gathered(
+            {
+                "student": self.network.state_dict(),
+                "teacher": self.teacher.network.state_dict(),
+                "loss": self.loss.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+            everywhere=False,
+        )
 
     def _gradients_over_ranks(self, *, is_last: bool) -> contextlib.AbstractContextManager:
         """Gradients are averaged over ranks once a step, in the backward pass of the last micro-batch."""
         if isinstance(self.student, DistributedDataParallel) and not is_last:
             return self.student.no_sync()
+        if self._is_sharded:
+            sharding.send_gradients(self.network, now=is_last)
         return contextlib.nullcontext()
 
 

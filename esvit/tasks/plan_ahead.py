@@ -20,6 +20,7 @@ from esvit.tasks.throughput import table_row
 
 IMAGENET_IMAGES = 1_281_167
 _FAST = "H100 80 GB"
+_GPUS_OF_A_MACHINE = 8
 _RESERVED_BYTES = 1.5e9  # CUDA's context and libraries, NCCL's buffers
 _USABLE = 0.9  # of the rest: what fragmentation leaves
 
@@ -93,6 +94,8 @@ def plan_ahead(make_task: Callable[[], Pretrain], around: Surroundings) -> list[
         learning_rate=scaled_learning_rate(task.optimizer.learning_rate, per_step),
     )
     cost = count_step(task, batch_size=task.data.batch_size, precision=around.precision)
+    ways = {"none": 1, "fsdp": around.processes, "hsdp": min(_GPUS_OF_A_MACHINE, around.processes)}[task.sharding]
+    in_shares = cost.in_shares(ways)
     keeps_gradients = around.processes > 1 or task.accumulation > 1
     stop = min(schedules.total_steps, task.max_steps or schedules.total_steps)
     first = task.start_epoch * schedules.steps_per_epoch
@@ -104,10 +107,10 @@ def plan_ahead(make_task: Callable[[], Pretrain], around: Surroundings) -> list[
         f"images         {images} ({source}), {per_step} per step "
         f"({task.data.batch_size} x {_count(around.processes, 'process', 'es')} x {_count(task.accumulation, 'micro-batch', 'es')})",
         *_schedule(schedules, task, stop, first),
-        *_memory(task, cost, around, keeps_gradients),
+        *_memory(task, in_shares, around, keeps_gradients),
         *_disk(task, cost),
         "",
-        *_gpu_table(task, cost, around, keeps_gradients, seen),
+        *_gpu_table(task, in_shares, around, keeps_gradients, seen),
         *_measured(task, cost, around, seen),
         *_communication(task, cost, around),
         *([] if around.script is None else ["", "would be submitted:", "", around.script.rstrip()]),
@@ -163,7 +166,15 @@ def _memory(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradient
         f"weights {cost.weights / 1e9:.2f}, optimizer {cost.moments / 1e9:.2f}, gradients {cost.gradients / 1e9:.2f}"
         f"{'' if keeps_gradients else ' (some after the activations)'}, activations {cost.activations / 1e9:.2f}",
         f"               and what CUDA and NCCL keep for themselves, {_RESERVED_BYTES / 1e9} GB assumed",
+        *_of_shares(task),
     ]
+
+
+def _of_shares(task: Pretrain) -> list[str]:
+    if task.sharding == "none":
+        return []
+    machine = f", machines of {_GPUS_OF_A_MACHINE} GPUs assumed" if task.sharding == "hsdp" else ""
+    return [f"               with student, teacher and optimizer in shares (task.sharding={task.sharding}{machine})"]
 
 
 def _disk(task: Pretrain, cost: StepCost) -> list[str]:
@@ -233,7 +244,7 @@ def _communication(task: Pretrain, cost: StepCost, around: Surroundings) -> list
         centres=heads * (4 * task.head.bottleneck_dim,),
     )
     return [
-        "",
+        *([""] if task.sharding == "none" else ["", f"with task.sharding=none; {task.sharding} sends more, and is not modelled:"]),
         *efficiency_lines(
             compute=seconds * task.accumulation, last_backward=seconds * cost.last_flops / cost.flops, traffic=traffic, basis=basis
         ),

@@ -11,7 +11,7 @@ Letters: B images of one micro-batch.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -70,6 +70,14 @@ class StepCost:
         beside = self.gradients_beside(keeps_gradients=keeps_gradients)
         forward = max([first + (beside if keeps_gradients else 0), *(each + beside for each in later)])
         return self.weights + self.moments + max(forward, self.gradients)
+
+    def in_shares(self, ways: int) -> "StepCost":
+        """Of a process that has but one of so many shares of student, teacher and moments; whole are prototypes, centres and gradients.
+
+        Backbone and heads are trained as a whole here, so that their gradients are as large as they are.
+        """
+        spared = 2 * self.early_gradients * (ways - 1) // ways
+        return replace(self, weights=self.weights - spared, moments=self.moments - spared)
 
     def checkpoint(self) -> int:
         """Of one file."""

@@ -5,6 +5,7 @@ bit for bit what it would have done; and the host waits for the device only wher
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import time
@@ -41,6 +42,7 @@ from esvit.records import Views
 from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
+from esvit.tasks import sharding
 from esvit.tasks.distillation import Distillation, StepResult
 from esvit.tasks.loader_health import LoaderHealth, cores_per_process
 from esvit.tasks.meter import Meter
@@ -49,6 +51,7 @@ from esvit.tasks.online_knn import LabelledSplit, OnlineKnn
 from esvit.tasks.online_linear import TEACHER, OnlineLinear
 from esvit.tasks.plan import plan_lines
 from esvit.tasks.summary import final_metrics, table, write_run_report
+from esvit.teacher import Teacher
 from esvit.tracking.base import Tracker
 from esvit.tracking.console import Progress
 from esvit.tracking.system import SystemMonitor
@@ -64,6 +67,7 @@ class Pretrain:
     parts               in which the student's crops of one size pass forward and backward, one after the other
     recompute           of the student's backbone: "mlp", "attention" or "blocks" are computed twice instead of kept, or "none"
     compile             let torch.compile make graphs of the blocks of both backbones
+    sharding            "none", or "fsdp" or "hsdp": student and teacher in shares, see sharding.py
     log_every           optimizer steps between log records
     health_every        optimizer steps between signs of health; 0 means never
     checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
@@ -93,6 +97,7 @@ class Pretrain:
     parts: int
     recompute: str
     compile: bool
+    sharding: str
     log_every: int
     health_every: int
     checkpoint_every: int
@@ -128,8 +133,11 @@ class Pretrain:
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
-        if self.compile and self.recompute != "none":
-            raise OptionError("task.compile", f"does not go with task.recompute={self.recompute}", "choose one of the two")
+        for other, choice in (("recompute", self.recompute), ("sharding", self.sharding)):
+            if self.compile and choice != "none":
+                raise OptionError("task.compile", f"does not go with task.{other}={choice}", "choose one of the two")
+        if self.recompute != "none" and self.sharding != "none":
+            raise OptionError("task.recompute", f"was not tried with task.sharding={self.sharding}", "choose one of the two")
         if self.start_epoch >= self.epochs:
             found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
@@ -177,8 +185,19 @@ class _Run:
         network = task.head.attach(task.backbone, regions=task.loss.needs_regions).to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        sharding.check(
+            network=network,
+            optimizer=task.optimizer,
+            sharding=task.sharding,
+            precision=runtime.precision,
+            world_size=runtime.world_size,
+        )
         task.loss.setup(prototypes=task.head.prototypes)
         task.loss.to(runtime.device)
+        teacher = Teacher(network)
+        self.beginning = "" if has_checkpoint(runtime.folder) else self._begin(network, teacher.network)
+        self.spare = copy.deepcopy(network).cpu() if sharding.is_on(task.sharding) else None
+        sharding.shard(network, teacher, sharding=task.sharding, device=runtime.device)
         self.distillation = Distillation(
             network=network,
             loss=task.loss,
@@ -188,12 +207,12 @@ class _Run:
             accumulation=self.accumulation,
             parts=task.parts,
             mixing=task.mixing if task.mixing.is_on else None,
+            teacher=teacher,
         )
         task.backbone.recompute(task.recompute)
         if task.compile:
             for each in (self.distillation.network, self.distillation.teacher.network):
                 each.backbone.compile_blocks()
-        self.beginning = "" if has_checkpoint(runtime.folder) else self._begin()
         self.meter = Meter(runtime.device)
         self.loader_health = LoaderHealth(
             workers=task.data.workers,
@@ -355,7 +374,11 @@ class _Run:
 
     def _features(self, images: Subset, network: MultiCropNetwork) -> tuple[Tensor, Tensor]:
         assert self.labelled is not None
-        return self.labelled.features(images, network, self.task.normalize, self.runtime)
+        with self._whole(network) as whole:
+            return self.labelled.features(images, whole, self.task.normalize, self.runtime)
+
+    def _whole(self, network: MultiCropNetwork) -> contextlib.AbstractContextManager[MultiCropNetwork]:
+        return sharding.whole(network, spare=self.spare, device=self.runtime.device)
 
     def _baselines(self) -> dict[str, float]:
         """What the teacher has to beat, as measured before the first step; nothing if that was not asked for."""
@@ -367,7 +390,8 @@ class _Run:
 
     def _measure_baselines(self) -> None:
         assert self.labelled is not None
-        untrained, _ = self.labelled.of_network(self.distillation.teacher.network, self.task.normalize, self.runtime)
+        with self._whole(self.distillation.teacher.network) as teacher:
+            untrained, _ = self.labelled.of_network(teacher, self.task.normalize, self.runtime)
         if self.runtime.is_main:
             measured = self.labelled.of_trivial_features() | {"knn/untrained": untrained}
             write_atomically(self._baselines_file, json.dumps(measured))
@@ -396,8 +420,8 @@ class _Run:
 
     def _keep_teacher(self, done: int) -> None:
         """The teacher's backbone alone, for evaluations while training goes on; never deleted."""
+        backbone = distributed.gathered(self.distillation.teacher.network.backbone.state_dict(), everywhere=False)
         if self.runtime.is_main:
-            backbone = self.distillation.teacher.network.backbone.state_dict()
             state = {
                 "teacher": {f"backbone.{name}": value for name, value in backbone.items()},
                 "step": done,
@@ -411,10 +435,11 @@ class _Run:
         self._stop_if_not_finite()
         rng = distributed.gather_objects(torch.get_rng_state())
         meters = distributed.gather_objects(self.meter.state_dict())
+        distillation = self.distillation.state_dict()
         if self.runtime.is_main:
             self.tracker.sync_to_disk()
             epoch, step_of_epoch = divmod(done, self.loader.steps_per_epoch)
-            state = self.distillation.state_dict() | {
+            state = distillation | {
                 "step": done,
                 "record_is_due": record_is_due,
                 "meters": meters,
@@ -483,7 +508,7 @@ class _Run:
             )
         return images // (batch_size * processes)
 
-    def _begin(self) -> str:
+    def _begin(self, student: MultiCropNetwork, teacher: MultiCropNetwork) -> str:
         """Give a new run the weights of `checkpoint`, where one is asked for; returns in words what it begins with.
 
         The optimizer's state is left behind: its moments belong to another schedule, or to other parameters.
@@ -497,9 +522,9 @@ class _Run:
         saved = read_networks(task.checkpoint)
         load_networks(
             saved,
-            student=self.distillation.network,
-            teacher=self.distillation.teacher.network,
-            loss=self.distillation.loss,
+            student=student,
+            teacher=teacher,
+            loss=task.loss,
             fresh_heads=task.fresh_heads,
             resize_positions=task.resize_positions,
         )

@@ -109,6 +109,18 @@ def test_half_precision_needs_less_and_twice_the_images_twice_as_much(options):
     assert twice.activations == pytest.approx(2 * single.activations, rel=0.1)
 
 
+def test_shares_divide_student_teacher_and_moments(options):
+    task = on_meta(options("loss=view"))
+    whole = count_step(task, batch_size=4, precision="fp32")
+    fourth = whole.in_shares(4)
+    parameters = 48 * 40 + 40 + 40 * 40 + 40 + 40 * 16 + 16 + whole.backbone
+    assert whole.weights - fourth.weights == whole.moments - fourth.moments == 2 * 4 * parameters * 3 // 4
+    assert fourth.gradients == whole.gradients
+    words = "launcher=gpus", "launcher.processes=4", "planning.images=1000"
+    assert "in shares (task.sharding=fsdp)" in plan(options(*words, "task.sharding=fsdp"))
+    assert "in shares" not in plan(options(*words))
+
+
 def test_a_plan_for_several_gpus_tells_what_they_send(options):
     """Gradients of everything trained, and the mean embedding of both heads."""
     given = options("loss=view_region", "launcher=gpus", "launcher.processes=8", "planning.images_per_second=100", "planning.images=1000")

@@ -19,6 +19,12 @@ class OnlineKnn:
     baselines: bool = False  # also, once, k-NN on raw pixels, on colour histograms and on the untrained network
 
 
+class Sharding(Enum):
+    none = "none"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+
+
 class OnlineNetwork(Enum):
     none = "none"
     teacher = "teacher"
@@ -49,6 +55,7 @@ class Pretrain:
         Recompute.none
     )  # the student's mlp, attention or blocks are computed twice, to keep less memory; none: all is kept
     compile: bool = False  # torch.compile for the blocks of both backbones: minutes at the start, faster steps on a GPU; not with recompute
+    sharding: Sharding = Sharding.none  # fsdp: each process keeps a share of weights, moments and teacher; hsdp: of one machine; AdamW
     log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
