@@ -325,10 +325,12 @@ class Places:
 
 
 def _make_places(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Places:
-    numbers = torch.arange(-grid[0] * grid[1], 0, device=device).view(1, *grid, 1)  # below 0, so that padding becomes 0
-    cells = _to_windows(numbers, window, shift).flatten() + grid[0] * grid[1]
-    rows, columns = ((torch.arange(size + -size % window, device=device) - shift) % (size + -size % window) for size in grid)
-    windows = (rows // window)[:, None] * (len(columns) // window) + columns // window
+    count = grid[0] * grid[1]
+    numbers = torch.arange(1, count + 1, device=device).view(1, *grid, 1)  # from 1, so that padding becomes 0
+    cells = (_to_windows(numbers, window, shift).flatten() + count) % (count + 1)
+    whole = [size + -size % window for size in grid]
+    rows, columns = ((torch.arange(size, device=device) + (size - shift)) % size for size in whole)
+    windows = (rows // window)[:, None] * (whole[1] // window) + columns // window
     slots = windows * window**2 + (rows % window)[:, None] * window + columns % window  # of the padded map
     padding = torch.cat([slots[grid[0] :].flatten(), slots[: grid[0], grid[1] :].flatten()])
     return Places(cells=cells, slots=slots[: grid[0], : grid[1]].flatten(), padding=padding)

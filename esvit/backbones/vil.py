@@ -132,6 +132,12 @@ class Vil(Backbone):
         """Here attention and MLP are blocks of their own."""
         return [part for layer in self._layers() for part in list(layer)[1:]]
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        if self.neighbours == "random":
+            found = "a graph cannot hold the draws of backbone.neighbours=random"
+            raise OptionError("task.compile", found, "use backbone.neighbours=all, or task.compile=false")
+        super().compile_blocks(backend)
+
     def set_progress(self, share: float) -> None:
         """From the share `all_neighbours_from` of training on, a random neighbour gives way to all of them."""
         if self.neighbours == "random":

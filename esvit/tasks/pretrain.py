@@ -44,6 +44,7 @@ from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
 from esvit.tasks import sharding
 from esvit.tasks.distillation import Distillation, StepResult
+from esvit.tasks.garbage import collected_together
 from esvit.tasks.loader_health import LoaderHealth, cores_per_process
 from esvit.tasks.meter import Meter
 from esvit.tasks.nonfinite import NonFiniteLoss, save_bad_batch
@@ -247,10 +248,13 @@ class _Run:
         self._finish()
 
     def _train(self, start: int) -> None:
-        with contextlib.closing(self._on_device(self.loader.from_step(start))) as batches:  # closing ends the loading processes
-            self._train_on(batches, start)
+        with (
+            contextlib.closing(self._on_device(self.loader.from_step(start))) as batches,  # closing ends the loading processes
+            collected_together() as collect_garbage,
+        ):
+            self._train_on(batches, start, collect_garbage)
 
-    def _train_on(self, batches: Iterator[list[Tensor]], start: int) -> None:
+    def _train_on(self, batches: Iterator[list[Tensor]], start: int, collect_garbage: Callable[[int], None]) -> None:
         for step in range(start, self.stop):
             now = self.schedules.at(step)
             rng = self.runtime.seed_step(step)
@@ -264,6 +268,7 @@ class _Run:
             self.progress.advance()
 
             done = step + 1
+            collect_garbage(done)
             self.runtime.beat(f"after step {done}")
             signal = self.runtime.stop_signal()
             record_is_due = self._is_record_due(done)

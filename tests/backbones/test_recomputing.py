@@ -72,6 +72,8 @@ def test_what_a_network_does_not_have_is_refused():
         micro_resnet().recompute("attention")
     with pytest.raises(OptionError, match=r"^task\.compile: Convolutions has no blocks"):
         Convolutions(class_token=False).compile_blocks()
+    with pytest.raises(OptionError, match=r"^task\.compile: a graph cannot hold the draws"):
+        micro_vil(neighbours="random").compile_blocks()
 
 
 @pytest.mark.parametrize("name", ["swin", "cvt", "vil", "vit"])
