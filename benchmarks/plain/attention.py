@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esvit.backbones.swin import MASKED, SwinBlock, SwinStage
+from esvit.backbones.swin import SwinBlock, SwinStage
+
+MASKED = -100.0  # as published; ours is lower, see esvit/backbones/swin.py
 
 
 def use_plain_attention(network: nn.Module) -> None:
