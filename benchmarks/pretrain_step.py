@@ -364,9 +364,9 @@ def measure(arguments: argparse.Namespace, folder: str, runtime: Runtime, import
         "loss_alone": {name: {"seconds": loss_seconds[name], "peak_memory_bytes": memory[name]["loss"]} for name in ("product", "plain")},
         "speed_ratio": compute["plain"] / compute["product"],
         "cpu_ratio": seconds["plain"]["cpu"] / seconds["product"]["cpu"],
-        "memory_ratio": ratio(memory["plain"]["step"], memory["product"]["step"]),
-        "loss_time_ratio": loss_seconds["plain"] / loss_seconds["product"],
-        "loss_memory_ratio": ratio(memory["plain"]["loss"], memory["product"]["loss"]),
+        "memory_ratio": ratio(memory["product"]["step"], memory["plain"]["step"]),
+        "loss_time_ratio": loss_seconds["product"] / loss_seconds["plain"],
+        "loss_memory_ratio": ratio(memory["product"]["loss"], memory["plain"]["loss"]),
         "region_over_view": by_loss["view_region"] / by_loss["view"],
     }
 
@@ -507,9 +507,9 @@ def table(report: dict[str, Any]) -> str:
             "",
             f"speed_ratio        {_times(report['speed_ratio'])}  plain step / product step, without data",
             f"cpu_ratio          {_times(report['cpu_ratio'])}  plain / product, processor time of a step",
-            f"memory_ratio       {_times(report['memory_ratio'])}  plain / product, peak of a step above the imports",
-            f"loss_time_ratio    {_times(report['loss_time_ratio'])}  plain / product, loss and gradients of embeddings and prototypes",
-            f"loss_memory_ratio  {_times(report['loss_memory_ratio'])}  plain / product, the same, peak above its inputs",
+            f"memory_ratio       {_times(report['memory_ratio'])}  product / plain, peak of a step above the imports",
+            f"loss_time_ratio    {_times(report['loss_time_ratio'])}  product / plain, loss and gradients of embeddings and prototypes",
+            f"loss_memory_ratio  {_times(report['loss_memory_ratio'])}  product / plain, the same, peak above inputs and prototypes' gradient",
             f"region_over_view   {_times(report['region_over_view'])}  product's step with loss view_region / with loss view",
         ]
     return "\n".join(lines)

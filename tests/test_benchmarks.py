@@ -75,7 +75,7 @@ def test_the_json_holds_every_ratio(run: tuple[str, dict[str, Any]]):
     for name in ("speed_ratio", "cpu_ratio", "memory_ratio", "loss_time_ratio", "region_over_view"):
         assert report[name] > 0
     assert "loss_memory_ratio" in report  # null where so small a loss moves no page
-    assert report["memory_ratio"] == pytest.approx(report["plain"]["peak_memory_bytes"] / report["peak_memory_bytes"])
+    assert report["memory_ratio"] == pytest.approx(report["peak_memory_bytes"] / report["plain"]["peak_memory_bytes"])
 
 
 # ---------------------------------------------------------------------------------------------------- the plain step
