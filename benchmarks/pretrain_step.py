@@ -509,7 +509,7 @@ def table(report: dict[str, Any]) -> str:
             f"cpu_ratio          {_times(report['cpu_ratio'])}  plain / product, processor time of a step",
             f"memory_ratio       {_times(report['memory_ratio'])}  product / plain, peak of a step above the imports",
             f"loss_time_ratio    {_times(report['loss_time_ratio'])}  product / plain, loss and gradients of embeddings and prototypes",
-            f"loss_memory_ratio  {_times(report['loss_memory_ratio'])}  product / plain, the same, peak above inputs and prototypes' gradient",
+            f"loss_memory_ratio  {_times(report['loss_memory_ratio'])}  product / plain, the same, peak above what goes in",
             f"region_over_view   {_times(report['region_over_view'])}  product's step with loss view_region / with loss view",
         ]
     return "\n".join(lines)
