@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from esvit.losses.prototypes import WithGradients
+from esvit.losses.prototypes import Matching, WithGradients
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
 
@@ -43,6 +43,19 @@ class LossByGroups(Protocol):
 
 class MatchingLoss(nn.Module):
     """Cross-entropy of student crops against the teacher's global views, averaged over pairs; its buffers are the centres (1, K)."""
+
+    student_temperature: float
+
+    def matching(self, teachers: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, center: Tensor, temperature: float) -> Matching:
+        """One head's cross-entropy against teacher rows (S, E); temperature is the teacher's."""
+        return Matching(
+            prototypes=prototypes,
+            teachers=teachers,
+            teacher_prototypes=teacher_prototypes,
+            center=center,
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+        )
 
     @abstractmethod
     def against(

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from esvit.losses.base import MatchingLoss, PrototypeGradients
 from esvit.losses.prototypes import updated_center
-from esvit.losses.region import RegionMatching, region_embeddings
-from esvit.losses.view import ViewMatching
+from esvit.losses.region import RegionMatching, region_embeddings, region_features, region_rows
+from esvit.losses.view import ViewMatching, view_rows
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
 
@@ -40,25 +40,12 @@ class ViewRegionLoss(MatchingLoss):
     ) -> "_ViewAndRegion":
         """As in MatchingLoss. Raises ValueError if outputs or prototypes are without regions."""
         regions, teacher_regions = _region_matrices(student_prototypes, teacher_prototypes)
+        view = self.matching(view_rows(teacher_outputs), student_prototypes.view, teacher_prototypes.view, self.center, temperature)
+        region = self.matching(region_rows(teacher_outputs), regions, teacher_regions, self.center_region, temperature)
+        features = [region_features(output) for output in teacher_outputs]
         return _ViewAndRegion(
-            ViewMatching(
-                teacher_outputs,
-                student_prototypes.view,
-                teacher_prototypes.view,
-                self.center,
-                crops=crops,
-                student_temperature=self.student_temperature,
-                teacher_temperature=temperature,
-            ),
-            RegionMatching(
-                teacher_outputs,
-                regions,
-                teacher_regions,
-                self.center_region,
-                crops=crops,
-                student_temperature=self.student_temperature,
-                teacher_temperature=temperature,
-            ),
+            ViewMatching(view, teacher_views=len(teacher_outputs), crops=crops),
+            RegionMatching(region, teacher_features=features, crops=crops),
             view_weight=self.view_weight,
             region_weight=self.region_weight,
         )

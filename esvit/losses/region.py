@@ -37,34 +37,24 @@ def nearest_regions(student: Tensor, teacher: Tensor) -> Tensor:
     return (student @ F.normalize(teacher, dim=-1).mT).argmax(dim=-1)
 
 
+def region_rows(outputs: list[NetworkOutput]) -> Tensor:
+    """All regions, crop by crop: (rows, E)."""
+    return torch.cat([region_embeddings(output).flatten(0, 1) for output in outputs])
+
+
 class RegionMatching:
     """The region loss of one micro-batch, group of crops by group: cross-entropy averaged over pairs (teacher view i, student crop
     v != i), images and the regions of the crop. The region part of the original's DDINOLoss.
 
-    crops  V, of all groups together
+    matching          of the teacher's regions, (G * B * N, E), view by view
+    teacher_features  G x (B, N, D)
+    crops             V, of all groups together
     """
 
-    def __init__(
-        self,
-        teacher_outputs: list[NetworkOutput],
-        student_prototypes: Tensor,
-        teacher_prototypes: Tensor,
-        center: Tensor,
-        *,
-        crops: int,
-        student_temperature: float,
-        teacher_temperature: float,
-    ):
+    def __init__(self, matching: Matching, *, teacher_features: list[Tensor], crops: int):
+        self.matching = matching
         self._crops = crops
-        self.matching = Matching(
-            prototypes=student_prototypes,
-            teachers=torch.cat([region_embeddings(output).flatten(0, 1) for output in teacher_outputs]),
-            teacher_prototypes=teacher_prototypes,
-            center=center,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-        )
-        self._teacher_features = [region_features(output).to(self.matching.dtype) for output in teacher_outputs]
+        self._teacher_features = [features.to(matching.dtype) for features in teacher_features]
 
     def __call__(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> Tensor:
         """The share of the crops `group` in the loss: their `outputs`; mixing (V, B student, B teacher) of all crops, or None.

@@ -20,33 +20,23 @@ def pair_weights(teacher_count: int, student_count: int, like: Tensor) -> Tensor
     return (1 - torch.eye(teacher_count, student_count, dtype=like.dtype, device=like.device)) / pairs
 
 
+def view_rows(outputs: list[NetworkOutput]) -> Tensor:
+    """(V * B, E), crop by crop."""
+    return torch.cat([output.view for output in outputs])
+
+
 class ViewMatching:
     """The view loss of one micro-batch, group of crops by group: cross-entropy averaged over the pairs (teacher view i, student crop
     v != i) and over the images. The original's DINOLoss.
 
-    crops  V, of all groups together
+    matching       of the teacher's views, (G * B, E)
+    teacher_views  G
+    crops          V, of all groups together
     """
 
-    def __init__(
-        self,
-        teacher_outputs: list[NetworkOutput],
-        student_prototypes: Tensor,
-        teacher_prototypes: Tensor,
-        center: Tensor,
-        *,
-        crops: int,
-        student_temperature: float,
-        teacher_temperature: float,
-    ):
-        self._views, self._crops = len(teacher_outputs), crops
-        self.matching = Matching(
-            prototypes=student_prototypes,
-            teachers=torch.cat([output.view for output in teacher_outputs]),
-            teacher_prototypes=teacher_prototypes,
-            center=center,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-        )
+    def __init__(self, matching: Matching, *, teacher_views: int, crops: int):
+        self.matching = matching
+        self._views, self._crops = teacher_views, crops
 
     def __call__(self, outputs: list[NetworkOutput], group: slice, mixing: Tensor | None) -> Tensor:
         """The share of the crops `group` in the loss: their `outputs`; mixing (V, B student, B teacher) of all crops, or None."""
@@ -88,17 +78,8 @@ class ViewLoss(MatchingLoss):
         *,
         crops: int,
     ) -> "_ViewOnly":
-        return _ViewOnly(
-            ViewMatching(
-                teacher_outputs,
-                student_prototypes.view,
-                teacher_prototypes.view,
-                self.center,
-                crops=crops,
-                student_temperature=self.student_temperature,
-                teacher_temperature=temperature,
-            )
-        )
+        matching = self.matching(view_rows(teacher_outputs), student_prototypes.view, teacher_prototypes.view, self.center, temperature)
+        return _ViewOnly(ViewMatching(matching, teacher_views=len(teacher_outputs), crops=crops))
 
     def update_center(
         self, teacher_outputs: list[NetworkOutput], teacher_prototypes: PrototypeWeights, finite: Tensor | None = None

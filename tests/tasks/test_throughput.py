@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from torch import nn
 
-import conf.schema
-from conf.resolve import resolve
 from esvit.backbones.base import Backbone
 from esvit.errors import OptionError
 from esvit.run_folder import RunFolder
@@ -21,23 +15,9 @@ from esvit.runtime import Runtime
 from esvit.tasks.throughput import Throughput, add_row, descend, flops, machine, parameters, peak_bytes, table_row
 from esvit.tracking.base import NoTracking
 from tests.backbones.networks import micro_resnet, micro_vit, swin
-from tests.command_line.commands import ROOT
+from tests.tasks.composition import composed
 
 CELLS = ["1.0 M", "2.00", "9 4", "8", "5.0", "0.10"]
-
-
-def composed(*overrides: str) -> dict[str, Any]:
-    conf.schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        with open_dict(config):
-            del config["hydra"]
-        try:
-            return resolve(config)
-        finally:
-            HydraConfig.instance().cfg = None
 
 
 def measure(backbone: Backbone, folder: Path, **changes: Any) -> dict[str, float]:
