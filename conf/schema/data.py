@@ -1,4 +1,4 @@
-"""Options of image sets, by format. What all formats share is written out in each."""
+"""Options of image sets, by format."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,39 +9,36 @@ INDEX_CACHE = "${oc.env:ESVIT_HOME,'~/.cache/esvit'}/index"
 
 
 @dataclass
-class Folder:
+class Common:
+    """What all formats share."""
+
+    batch_size: int = 64  # images per process in one forward pass
+    workers: int = 8  # loading processes per training process; 0 loads in the training process
+    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
+    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
+    label_fraction: float = 1.0  # share of each class's training images to use
+    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
+    depth: int = 8  # bits per value that images are read with: 8 or 16
+    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
+    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
+
+
+@dataclass
+class Folder(Common):
     _target_: str = "esvit.data.folder.FolderData"
     root: str = MISSING  # folder of the training images: one sub-folder per class, or unlabelled
     val_root: str | None = None  # folder of the validation images, for k-NN
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class Images:
+class Images(Common):
     _target_: str = "esvit.data.images.ImagesData"
     root: str = MISSING  # folder of the training images, in sub-folders or not; they have no classes
     val_root: str | None = None  # not used: without classes there is nothing to validate
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class ImageList:
+class ImageList(Common):
     _target_: str = "esvit.data.listed.ListData"
     train_list: str = MISSING  # list of the training images: .csv, .jsonl, or text with one path a line and perhaps a label
     val_list: str | None = None  # list of the validation images, for k-NN
@@ -49,140 +46,71 @@ class ImageList:
     val_root: str | None = None  # folder that the paths in val_list begin in; null means that of train_list
     path_column: str = "path"  # of CSV and JSONL
     label_column: str | None = None  # of CSV and JSONL; null means "label", if there is one
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class Zip:
+class Zip(Common):
     _target_: str = "esvit.data.zip.ZipData"
     root: str = MISSING  # folder with train.zip and train_map.txt, and val.zip and val_map.txt for k-NN
     val_root: str | None = None  # folder with val.zip and val_map.txt; null means the same as root
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class Tsv:
+class Tsv(Common):
     _target_: str = "esvit.data.tsv.TsvData"
     root: str = MISSING  # folder with train.tsv, or with TSV files in train/; and val.tsv or val/ for k-NN
     val_root: str | None = None  # folder with val.tsv or val/; null means the same as root
     label_map: str | None = None  # file in root of lines name<tab>number: labels are such names; null: labels are numbers
     open_files: int = 16  # files that each process keeps open, of a set of many
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class WebVision:
+class WebVision(Common):
     _target_: str = "esvit.data.webvision.WebVisionData"
     root: str = MISSING  # folder of WebVision v1, with info/, google/ and flickr/
     val_root: str | None = None  # folder with info/val_filelist.txt and val_images_256/; null means the same as root
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class OpenImages:
+class OpenImages(Common):
     _target_: str = "esvit.data.openimages.OpenImagesData"
     root: str = MISSING  # folder of OpenImages v4 as TSV, with train.tsv
     val_root: str | None = None  # not used: its images have several labels each
     line_index: str | None = "train.balance_min1000.lineidx"  # in root: which rows, some of them several times; null means each once
     label_file: str | None = "train.label.verify_20191102.tsv"  # in root: tags of each key; null means no labels
     label_map: str | None = "train.label.verify_20191102.6962.tag.labelmap"  # in root: one tag a line
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class Parquet:
+class Parquet(Common):
     _target_: str = "esvit.data.parquet.ParquetData"
     root: str = MISSING  # folder of Parquet files: those named train*, or in a folder of such a name, else all
     val_root: str | None = None  # folder of Parquet files; null means those named val* or test* in root
     image_column: str = "image"  # bytes of image files, or records with bytes in them
     label_column: str | None = "label"  # null means no labels
     row_groups: int = 4  # row groups that each process keeps in memory
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 @dataclass
-class PhotoPatches:
+class PhotoPatches(Common):
     _target_: str = "esvit.data.patches.PhotoPatches"
     root: str | None = None  # folder of photos; null means those that come with the package
     val_root: str | None = None  # not used: validation patches come from the same photos, farther right
     batch_size: int = 32  # images per process in one forward pass
     workers: int = 1  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
     channels: int = 3  # photos are RGB
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
     patch_size: int = 40  # side of a patch (pixels)
     train_patches_per_photo: int = 400
     val_patches_per_photo: int = 60
 
 
 @dataclass
-class Shards:
+class Shards(Common):
     _target_: str = "esvit.data.shards.ShardsData"
     root: str = MISSING  # folder of WebDataset .tar files, 'train-*.tar', "'train-{000..099}.tar'", or the http:// or s3:// address of such
     val_root: str | None = None  # the same of the validation images, for k-NN
     cache: str = "${oc.env:ESVIT_HOME,'~/.cache/esvit'}/shards"  # folder for shards that are fetched from a server
     cache_gb: float = 100.0  # how much of them it may hold (GB); with sampler=chunk two windows of shards are enough
-    batch_size: int = 64  # images per process in one forward pass
-    workers: int = 8  # loading processes per training process; 0 loads in the training process
-    max_bad_fraction: float = 0.1  # share of unreadable images above which the run stops
-    classes: Any = None  # names of the classes to use, as [cat,dog], or a text file of names; null means all
-    label_fraction: float = 1.0  # share of each class's training images to use
-    channels: int = 3  # channels of the images: 3 is RGB, 1 grey; others, up to many, from TIFF and .npy
-    depth: int = 8  # bits per value that images are read with: 8 or 16
-    max_pixels: int = 89478485  # larger images count as unreadable (pixels)
-    index_cache: str | None = INDEX_CACHE  # folder that keeps the listings of large sets; null keeps none
 
 
 SCHEMAS = {

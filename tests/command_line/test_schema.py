@@ -82,7 +82,7 @@ def test_a_schema_has_the_options_of_its_class(schema):
 @pytest.mark.parametrize("schema", [*schemas(), root.Root], ids=lambda schema: schema.__name__)
 def test_every_option_has_a_comment_or_a_telling_name(schema):
     """The comment is the help text. Without one: groups, references, and plain words such as `brightness`."""
-    source = inspect.getsource(schema).splitlines()
+    source = [line for part in schema.__mro__[:-1] for line in inspect.getsource(part).splitlines()]
     for each in dataclasses.fields(schema):
         line = next(line for line in source if line.strip().startswith(f"{each.name}:"))
         if each.name.startswith("_") or each.default is MISSING or "${" in line or "#" in line:
