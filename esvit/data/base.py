@@ -80,6 +80,22 @@ class EncodedImages(ImageSet):
         return self.pixels.read(self.encoded(index), decode)
 
 
+class FileImages(EncodedImages):
+    """Files below the folder `root`, by their path in it."""
+
+    root: str
+    _names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def encoded(self, index: int) -> bytes:
+        return file_bytes(os.path.join(self.root, self._names[index]))
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+
 @dataclass(kw_only=True)
 class Data(ABC):
     """Where the images are and how they are loaded; one subclass for each format.

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from esvit.data.base import Data, EncodedImages, ImageSet, existing_folder, file_bytes
+from esvit.data.base import Data, FileImages, ImageSet, existing_folder
 from esvit.data.decoding import RGB, Pixels
 from esvit.data.index import IndexCache
 from esvit.data.listing import folders_and_images, list_images
@@ -32,7 +32,7 @@ class FolderData(Data):
         return FolderImages(self.val_root, option="data.val_root", class_names=classes, pixels=self.pixels, index=self.index)
 
 
-class FolderImages(EncodedImages):
+class FolderImages(FileImages):
     """Every image under `root`: classes in sorted order, files of a class sorted by their path.
 
     class_names  the labels' meaning; None takes the names of the folders in `root`
@@ -64,15 +64,6 @@ class FolderImages(EncodedImages):
         if not listing.loose:
             label_of = {name: label for label, name in enumerate(self.class_names)}
             self.labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)[listing.folder_of]
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def encoded(self, index: int) -> bytes:
-        return file_bytes(os.path.join(self.root, self._names[index]))
-
-    def name(self, index: int) -> str:
-        return self._names[index]
 
 
 def _refuse_splits(root: str, option: str, pixels: Pixels) -> None:

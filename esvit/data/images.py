@@ -3,9 +3,7 @@
 For trees whose sub-folders are no classes (dates, cameras, patients, pieces of a download), which `data=folder` would take for such.
 """
 
-import os
-
-from esvit.data.base import Data, EncodedImages, ImageSet, existing_folder, file_bytes
+from esvit.data.base import Data, FileImages, ImageSet, existing_folder
 from esvit.data.decoding import Pixels
 from esvit.data.index import IndexCache
 from esvit.data.listing import list_images
@@ -27,7 +25,7 @@ class ImagesData(Data):
         return None
 
 
-class UnlabelledImages(EncodedImages):
+class UnlabelledImages(FileImages):
     """Every image below `root`: those directly in it, then those of each sub-folder, sorted by their paths.
 
     index  where the listing of a large folder is kept
@@ -44,12 +42,3 @@ class UnlabelledImages(EncodedImages):
         self._names = list_images(self.root, extensions=pixels.extensions, index=index, option=option).names
         if not len(self._names):
             raise OptionError(option, f"folder '{self.root}' holds no images", "give a folder with images in it, or in folders below it")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def encoded(self, index: int) -> bytes:
-        return file_bytes(os.path.join(self.root, self._names[index]))
-
-    def name(self, index: int) -> str:
-        return self._names[index]

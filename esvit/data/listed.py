@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esvit.data.base import Data, EncodedImages, ImageSet, PackedStrings, existing_folder, file_bytes, is_image_name
+from esvit.data.base import Data, FileImages, ImageSet, PackedStrings, existing_folder, is_image_name
 from esvit.data.decoding import Pixels
 from esvit.data.label_map import first_conflict
 from esvit.errors import OptionError
@@ -63,7 +63,7 @@ class _Entry:
     label: str | None
 
 
-class ListedImages(EncodedImages):
+class ListedImages(FileImages):
     """The images that a list names, in its order.
 
     root      folder that paths begin in
@@ -97,15 +97,6 @@ class ListedImages(EncodedImages):
                 found = f"gives '{paths[conflict.later]}' label {labels[conflict.later]}"
                 found += f", line {lines[conflict.earlier]} gave it {labels[conflict.earlier]}"
                 raise reader.wrong(lines[conflict.later], found, "give each image one label")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def encoded(self, index: int) -> bytes:
-        return file_bytes(os.path.join(self.root, self._names[index]))
-
-    def name(self, index: int) -> str:
-        return self._names[index]
 
 
 def _numbered(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from esvit.data.base import Data, EncodedImages, ImageSet, PackedStrings, existing_folder, file_bytes
+from esvit.data.base import Data, FileImages, ImageSet, PackedStrings, existing_folder
 from esvit.data.label_map import first_conflict
 from esvit.errors import OptionError
 
@@ -48,7 +48,7 @@ class WebVisionData(Data):
         return names
 
 
-class WebVisionImages(EncodedImages):
+class WebVisionImages(FileImages):
     """The images of some lists, list after list.
 
     lists   their names in `root/info`
@@ -81,15 +81,6 @@ class WebVisionImages(EncodedImages):
             (path, line), (other, earlier) = places[conflict.later], places[conflict.earlier]
             found = f"{path} line {line} gives '{names[conflict.later]}' label {labels[conflict.later]}"
             raise OptionError(option, f"{found}, {other} line {earlier} gave it {labels[conflict.earlier]}", "give each image one label")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def encoded(self, index: int) -> bytes:
-        return file_bytes(os.path.join(self.root, self._names[index]))
-
-    def name(self, index: int) -> str:
-        return self._names[index]
 
 
 def _lines(path: str, option: str) -> Iterator[tuple[int, tuple[str, int]]]:
