@@ -19,6 +19,8 @@ the pulls of all groups and comes last, which makes the targets a second time: t
 Letters: R student rows of a group, S teacher rows, E embedding width, K prototypes.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,6 +31,7 @@ from esvit import distributed
 # products, each of which reads all prototypes once per chunk, gain no more by more rows. Elsewhere: 1,024 rows, to fill the device.
 CPU_CHUNK_BYTES = 64 * 2**20
 DEVICE_CHUNK_BYTES = 256 * 2**20
+FEW = 1 / 4  # of a chunk's rows: a product of fewer takes as long as reading and writing the prototypes' gradient
 
 
 class Matching:
@@ -56,19 +59,21 @@ class Matching:
         self.dtype = dtype
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
-        self._product_dtype = product_dtype
         with torch.no_grad(), torch.autocast(device, enabled=False):
             self.matrix = prototypes.detach().to(product_dtype)
             self._teachers = teachers.detach().to(dtype)
             self._teacher_matrix = teacher_prototypes.detach().to(product_dtype)
             self._shift = center.to(dtype) / teacher_temperature
-            self._expected = torch.empty_like(self._teachers)  # q_j W / -s: a pull's gradient
-            chunks = self.chunks_for(len(teachers))
-            for rows in chunks.of(self._teachers):
-                self._expected[rows] = chunks.mix(self._targets(chunks, rows), self.matrix) / -student_temperature
             self._pulls = torch.zeros_like(self._teachers)
+            self._expected = torch.empty_like(self._teachers)  # q_j W / -s: a pull's gradient
+            self._few_targets: Tensor | None = None
+            self.products = _Products(len(prototypes), dtype, product_dtype, prototypes.device)
+            for rows, targets in self._targets():
+                self._expected[rows] = self.products.mix(targets, self.matrix) / -student_temperature
+                if len(teachers) <= self.products.few:
+                    self._few_targets = targets
         is_trained = prototypes.requires_grad and torch.is_grad_enabled()
-        self.gradient = torch.zeros(prototypes.shape, dtype=dtype, device=prototypes.device) if is_trained else None
+        self.outer_sum = _OuterSum(self.products, width=prototypes.shape[1]) if is_trained else None
 
     def __call__(self, students: Tensor, mass: Tensor, pulls: Tensor) -> Tensor:
         """The part of the total of a group: students (R, E), mass (R,), pulls (S, E). A scalar with gradients for students and pulls."""
@@ -81,38 +86,37 @@ class Matching:
     @torch.no_grad()
     def prototypes_gradient(self) -> Tensor | None:
         """(K, E): the total's gradient for the prototypes, once all groups have been called; None where they are frozen."""
-        if self.gradient is None:
+        if self.outer_sum is None:
             return None
-        with torch.autocast(self.gradient.device.type, enabled=False):
-            chunks = self.chunks_for(len(self._teachers))
-            for rows in chunks.of(self._teachers):
-                chunks.add_outer(self.gradient, self._targets(chunks, rows), self._pulls[rows] / -self.student_temperature)
-        return self.gradient
+        with torch.autocast(self.matrix.device.type, enabled=False):
+            everything = slice(0, len(self._teachers))
+            for rows, targets in self._targets() if self._few_targets is None else [(everything, self._few_targets)]:
+                self.outer_sum.add(targets, self._pulls[rows] / -self.student_temperature)
+            return self.outer_sum.total()
 
-    def chunks_for(self, rows: int) -> "_Chunks":
-        return _Chunks(rows, len(self.matrix), self.dtype, self._product_dtype, self.matrix.device)
-
-    def _targets(self, chunks: "_Chunks", rows: slice) -> Tensor:
-        targets, _ = chunks.softmax(self._teachers[rows] / self.teacher_temperature, self._teacher_matrix, self._shift)
-        return targets
+    def _targets(self) -> Iterator[tuple[slice, Tensor]]:
+        """Chunk by chunk: rows, and their targets (rows, K), which hold until the next chunk."""
+        for rows, logits in self.products.chunks(len(self._teachers)):
+            targets, _ = self.products.softmax(logits, self._teachers[rows] / self.teacher_temperature, self._teacher_matrix, self._shift)
+            yield rows, targets
 
 
 class _StudentRows(torch.autograd.Function):
-    """sum_i mass_i * logsumexp(W h_i / s); the prototypes' gradient is added to that of `matching`, for a total of weight one."""
+    """sum_i mass_i * logsumexp(W h_i / s); the prototypes' gradient goes into `matching`, for a total of weight one."""
 
     @staticmethod
     def forward(ctx, students: Tensor, mass: Tensor, matching: Matching, grad_enabled: bool) -> Tensor:
         gradient = torch.empty_like(students) if grad_enabled and ctx.needs_input_grad[0] else None
-        chunks = matching.chunks_for(len(students))
+        products, temperature = matching.products, matching.student_temperature
         total = students.new_zeros(())
-        for rows in chunks.of(students):
-            softmax, logsumexp = chunks.softmax(students[rows] / matching.student_temperature, matching.matrix)
+        for rows, logits in products.chunks(len(students)):
+            softmax, logsumexp = products.softmax(logits, students[rows] / temperature, matching.matrix)
             total += mass[rows].dot(logsumexp)
-            weight = mass[rows, None] / matching.student_temperature
+            weight = mass[rows, None] / temperature
             if gradient is not None:
-                gradient[rows] = chunks.mix(softmax, matching.matrix) * weight
-            if grad_enabled and matching.gradient is not None:
-                chunks.add_outer(matching.gradient, softmax, students[rows] * weight)
+                gradient[rows] = products.mix(softmax, matching.matrix) * weight
+            if grad_enabled and matching.outer_sum is not None:
+                matching.outer_sum.add(softmax, students[rows] * weight)
         ctx.save_for_backward(gradient)
         return total
 
@@ -140,57 +144,93 @@ class WithGradients(torch.autograd.Function):
         return tuple(gradients)
 
 
-class _Chunks:
-    """The buffer of (rows, K) float32 that all chunks share, and the four operations on it.
+class _Products:
+    """The operations of rows with K prototypes, chunk by chunk in one buffer of float32.
 
     Float16 alone needs care: its normal numbers end at 6e-5 and 65,504, and a probability of a 65,536-way softmax as well as
     the weight of one row in the total are below. Both are scaled up, so far that their product, summed over a chunk, still fits.
     """
 
-    def __init__(self, most_rows: int, count: int, dtype: torch.dtype, product_dtype: torch.dtype, device: torch.device):
+    def __init__(self, count: int, dtype: torch.dtype, product_dtype: torch.dtype, device: torch.device):
         budget = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
-        self.rows = min(most_rows, max(1, budget // (4 * count)))
-        self.buffer = torch.empty(self.rows, count, dtype=dtype, device=device)
-        self.product_dtype = product_dtype
-        self.is_exact = product_dtype == dtype
-        self.lift = 2.0**15 / self.rows if product_dtype == torch.float16 else 1.0
+        self.rows = max(1, budget // (4 * count))
+        self.few = int(self.rows * FEW)
+        self._is_exact = product_dtype == dtype
+        self._lift = 2.0**15 / self.rows if product_dtype == torch.float16 else 1.0
+        self._count, self._dtype, self._product_dtype, self._device = count, dtype, product_dtype, device
 
-    def of(self, tensor: Tensor) -> list[slice]:
-        return [slice(start, start + self.rows) for start in range(0, len(tensor), self.rows)]
+    def chunks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Of so many rows: which ones, and room (rows, K) for their logits, the same for all chunks."""
+        buffer = torch.empty(min(rows, self.rows), self._count, dtype=self._dtype, device=self._device)
+        for start in range(0, rows, self.rows):
+            stop = min(start + self.rows, rows)
+            yield slice(start, stop), buffer[: stop - start]
 
-    def softmax(self, embeddings: Tensor, matrix: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def zeros(self, width: int) -> Tensor:
+        """(K, width)."""
+        return torch.zeros(self._count, width, dtype=self._dtype, device=self._device)
+
+    def softmax(self, logits: Tensor, embeddings: Tensor, matrix: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Softmax (rows, K) over the logits `embeddings @ matrix.T - shift`, and their logsumexp (rows,).
 
-        The softmax holds until the next call; it comes in the dtype of the products and times `lift`, ready for them.
+        The softmax takes the place of `logits`; it comes in the dtype of the products and times `lift`, ready for them.
         """
-        logits = self.buffer[: len(embeddings)]
-        if self.is_exact:
+        if self._is_exact:
             torch.mm(embeddings, matrix.T, out=logits)
         else:
-            logits.copy_(embeddings.to(self.product_dtype) @ matrix.T)
+            logits.copy_(embeddings.to(self._product_dtype) @ matrix.T)
         if shift is not None:
             logits.sub_(shift)
         largest = logits.amax(dim=1)
         probabilities = torch.softmax(logits, dim=1, out=logits)
         # The largest logit is also its own probability's logarithm plus the logsumexp: cheaper than a second sum of exponentials.
         logsumexp = largest - probabilities.amax(dim=1).log()
-        if self.lift != 1:
-            probabilities.mul_(self.lift)
-        return probabilities.to(self.product_dtype), logsumexp
+        if self._lift != 1:
+            probabilities.mul_(self._lift)
+        return probabilities.to(self._product_dtype), logsumexp
 
     def mix(self, softmax: Tensor, matrix: Tensor) -> Tensor:
         """(rows, E): the mean prototype under each row's softmax."""
-        return (softmax @ matrix).to(self.buffer.dtype) / self.lift
+        return (softmax @ matrix).to(self._dtype) / self._lift
 
-    def add_outer(self, gradient: Tensor, softmax: Tensor, values: Tensor) -> None:
-        """gradient (K, E) += softmax.T @ values (rows, E), accumulated in float32."""
-        if self.is_exact:
-            gradient.addmm_(softmax.T, values)
-        elif self.product_dtype == torch.float16:
+    def add_outer(self, total: Tensor, softmax: Tensor, values: Tensor) -> None:
+        """total (K, E) += softmax.T @ values (rows, E), accumulated in float32; at most a chunk of rows."""
+        if self._is_exact:
+            total.addmm_(softmax.T, values)
+        elif self._product_dtype == torch.float16:
             peak = values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
-            gradient += (softmax.T @ (values / peak).half()).float() * (peak / self.lift)
+            total += (softmax.T @ (values / peak).half()).float() * (peak / self._lift)
         else:
-            gradient += softmax.T @ values.to(self.product_dtype)
+            total += softmax.T @ values.to(self._product_dtype)
+
+
+class _OuterSum:
+    """The sum of softmax.T @ values over all chunks, (K, E). Few rows wait until there are more of them, see FEW."""
+
+    def __init__(self, products: _Products, *, width: int):
+        self._products = products
+        self._sum = products.zeros(width)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, softmax: Tensor, values: Tensor) -> None:
+        """softmax (rows, K), which may be overwritten afterwards; values (rows, E)."""
+        few = self._products.few
+        if len(values) > few:
+            self._products.add_outer(self._sum, softmax, values)
+            return
+        if sum(len(waiting) for _, waiting in self._waiting) + len(values) > few:
+            self._add_waiting()
+        self._waiting.append((softmax.clone(), values))
+
+    def total(self) -> Tensor:
+        self._add_waiting()
+        return self._sum
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            softmax, values = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._products.add_outer(self._sum, softmax, values)
+            self._waiting.clear()
 
 
 @torch.no_grad()
