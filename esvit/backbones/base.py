@@ -9,6 +9,8 @@ A stage may carry class tokens before its grid's cells; then the first of them s
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +136,8 @@ class Backbone(nn.Module, ABC):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch.compile make each block one graph for each size of crops. Names and values of parameters stay.
 
+        To be called after `recompute`, whose choice the graphs hold too. Hooks of a block, those of shares for example, stay outside.
+
         Raises OptionError for a network without blocks.
         """
         if not self.repeated_parts():
@@ -144,7 +148,9 @@ class Backbone(nn.Module, ABC):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, GRAPHS)
         for block in self.repeated_parts():
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+            forward = cast(MethodType, block.forward).__func__
+            compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+            block.forward = MethodType(compiled, block)  # bound: a copy of the block gets one that is bound to the copy
 
     def parameters_by_depth(self) -> list[list[str]]:
         """Names of all parameters, from input to output: before the first block, each block with what leads to the next, the final norm.

@@ -23,6 +23,8 @@ def _forward(part: nn.Module, *inputs: Any) -> Any:
     forward = type(part).forward
     if not torch.is_grad_enabled():
         return forward(part, *inputs)
+    if torch.compiler.is_compiling():  # a graph moves buffers once by itself
+        return checkpoint(forward, part, *inputs, use_reentrant=False, preserve_rng_state=True)
     return checkpoint(
         forward,
         part,

@@ -134,11 +134,6 @@ class Pretrain:
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
-        for other, choice in (("recompute", self.recompute), ("sharding", self.sharding)):
-            if self.compile and choice != "none":
-                raise OptionError("task.compile", f"does not go with task.{other}={choice}", "choose one of the two")
-        if self.recompute != "none" and self.sharding != "none":
-            raise OptionError("task.recompute", f"was not tried with task.sharding={self.sharding}", "choose one of the two")
         if self.start_epoch >= self.epochs:
             found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")

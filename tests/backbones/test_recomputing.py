@@ -57,9 +57,12 @@ def test_recomputing_more_needs_less_memory():
     assert peaks["blocks"] < min(peaks["mlp"], peaks["attention"]) and max(peaks["mlp"], peaks["attention"]) < peaks["none"]
 
 
-def test_a_copy_recomputes_with_its_own_weights():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_recomputes_with_its_own_weights(compiled):
     network = swin()
     network.recompute("blocks")
+    if compiled:
+        network.compile_blocks("eager")
     other = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -76,13 +79,43 @@ def test_what_a_network_does_not_have_is_refused():
         micro_vil(neighbours="random").compile_blocks()
 
 
-@pytest.mark.parametrize("name", ["swin", "cvt", "vil", "vit"])
-def test_compiled_blocks_have_no_graph_break_and_give_the_same(name):
+@pytest.mark.parametrize(("name", "what"), [("swin", "none"), ("swin", "blocks"), ("cvt", "attention"), ("vil", "none"), ("vit", "mlp")])
+def test_compiled_blocks_have_no_graph_break_and_give_the_same(name, what):
     torch._dynamo.reset()
-    network = NETWORKS[name](drop_path_rate=0.0, **({"neighbours": "all"} if name == "vil" else {}))
+    network = NETWORKS[name](**({"neighbours": "all"} if name == "vil" else {}))
     other, images = copy.deepcopy(network), pictures()
-    other.compile_blocks("eager")  # each block is one graph, or torch raises
+    other.recompute(what)
+    backend = "eager" if what == "none" else "aot_eager"  # what "eager" recomputes has other random draws
+    other.compile_blocks(backend)  # each block is one graph, or torch raises
     for plain, compiled in zip(trained(network, images), trained(other, images), strict=True):
         torch.testing.assert_close(plain, compiled)
     assert list(other.state_dict()) == list(network.state_dict())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_graphs_keep_as_little_as_what_they_recompute_allows():
+    torch._dynamo.reset()
+    kept = {}
+    for what in ("none", "blocks"):
+        network = swin()
+        network.recompute(what)
+        network.compile_blocks("aot_eager")
+        kept[what] = bytes_kept(network)
+    assert kept["blocks"] < kept["none"] / 4
+
+
+def bytes_kept(network: Backbone) -> int:
+    """For the backward pass, parameters apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        loss = network.train()(pictures()).pooled.sum()
+    assert loss.requires_grad
+    return sum(sizes.values())

@@ -34,6 +34,12 @@ EACH_CLIPPED = AdamW(learning_rate=1e-2, betas=[0.9, 0.999], eps=1e-2, clip="par
 ALL_CLIPPED = AdamW(learning_rate=1e-2, betas=[0.9, 0.999], eps=1e-2, clip="global", clip_norm=0.05)
 OPTIMIZERS = {2: EACH_CLIPPED, 4: ALL_CLIPPED}  # by the number of processes
 KINDS = {2: ("none", "fsdp"), 4: ("none", "fsdp", "hsdp")}
+COMBINED: list[dict[str, Any]] = [  # of two processes
+    {"kind": "none", "recompute": "blocks"},
+    {"kind": "none", "recompute": "mlp", "compiled": True},
+    {"kind": "fsdp", "recompute": "attention"},
+    {"kind": "fsdp", "recompute": "blocks", "compiled": True},
+]
 STEPS = 2
 IMAGES = 4
 HEADS, EMBEDDING = 2, 12
@@ -42,7 +48,9 @@ HEADS, EMBEDDING = 2, 12
 class Trial:
     """A student in shares, or not, with all that a step needs; the same weights at every start. norms: of the gradients of each step."""
 
-    def __init__(self, *, kind: str = "none", accumulation: int = 1, optimizer: AdamW = EACH_CLIPPED):
+    def __init__(
+        self, *, kind: str = "none", accumulation: int = 1, optimizer: AdamW = EACH_CLIPPED, recompute: str = "none", compiled: bool = False
+    ):
         runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
         self.network = make_network()
         teacher = Teacher(self.network)
@@ -60,6 +68,10 @@ class Trial:
             mixing=None,
             teacher=teacher,
         )
+        self.network.backbone.recompute(recompute)
+        if compiled:
+            for each in (self.network, teacher.network):
+                each.backbone.compile_blocks("eager")
         self.norms: list[float] = []
 
     def steps(self, *, rank: int = 0, ranks: int = 1, micro_batches: int = 1, sound: bool = True) -> "Trial":
@@ -106,6 +118,8 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
             found[kind] = trial.everything()
         if ranks == 2:
             found["accumulated"] = Trial(kind="fsdp", accumulation=2).steps(rank=rank, ranks=2, micro_batches=2).everything()
+            for number, way in enumerate(COMBINED):
+                found[f"combined {number}"] = Trial(**way).steps(rank=rank, ranks=2).everything()
             spare = make_network()
             with sharding.whole(trials["fsdp"].network, spare=spare, device=torch.device("cpu")) as whole:
                 found["whole"] = flat(whole.state_dict(), "student/")
@@ -165,6 +179,11 @@ def test_several_processes_take_the_steps_of_one(ranks: int, kind: str, found: d
 
 def test_micro_batches_in_shares_are_one_step(found: dict[int, list[dict[str, Any]]]):
     assert_close(found[2][0]["accumulated"], Trial().steps().everything())
+
+
+@pytest.mark.parametrize("number", range(len(COMBINED)))
+def test_recomputing_and_graphs_change_nothing_on_several_processes(number: int, found: dict[int, list[dict[str, Any]]]):
+    assert_close(found[2][0][f"combined {number}"], Trial().steps().everything())
 
 
 def test_a_masked_step_changes_no_bit_of_a_share(found: dict[int, list[dict[str, Any]]]):
