@@ -7,6 +7,7 @@ the device, so that a GPU's phases add up; a real run waits for nothing and is a
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,10 +52,12 @@ SUMS = ["other", "step", "cpu"]  # time outside the phases, the whole step, its 
 GLOBAL_CROPS = 2
 PHOTO_SIZE = (500, 375)  # pixels, a usual ImageNet photo
 PHOTOS = 64
-DATA_NOTE = (
-    f"data: how long the step waits for one loading process (JPEG of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]} pixels, decoding and all crops), "
-    "which works while the step before runs, then transfer and normalisation"
-)
+CACHED_BATCHES = 2
+DATA_NOTES = {
+    "photos": f"data: how long the step waits for one loading process (JPEG of {PHOTO_SIZE[0]} x {PHOTO_SIZE[1]} pixels, decoding and all "
+    "crops), which works while the step before runs, then transfer and normalisation",
+    "cached": f"data: transfer and normalisation of {CACHED_BATCHES} batches of crops that were made before, in turn: no loading at all",
+}
 
 
 def main() -> None:
@@ -84,9 +87,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(%(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
     parser.add_argument("--compare", choices=["plain"], help="also measure the published algorithm, written plainly (benchmarks/plain)")
+    parser.add_argument("--input", default="photos", choices=list(DATA_NOTES), help="loaded photos, or crops made before (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument("overrides", nargs="*", help="options of a run for our step, task.compile=true for example")
     parser.add_argument("--memory-of", choices=["product", "plain"], help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
+
+
+def plain_precision(runtime: Runtime) -> str:
+    """As published, fp16 with a scaled loss where ours runs in bf16; on a CPU, which is slow at fp16, the same."""
+    return "fp16" if runtime.precision == "bf16" and runtime.device.type == "cuda" else runtime.precision
 
 
 def positive(word: str) -> int:
@@ -145,13 +155,13 @@ class PhaseTimer:
 class Variant:
     """One way to take a step.
 
-    step              takes V normalised crops
+    step              takes V normalised crops, returns the loss
     network           the student
     loss_gradients    loss and gradients of embeddings and prototypes, from the outputs of student and teacher
     is_deterministic  whether it runs under torch's deterministic algorithms, as the product does on CPU
     """
 
-    step: Callable[[list[Tensor]], Any]
+    step: Callable[[list[Tensor]], Tensor | float]
     network: MultiCropNetwork
     loss_gradients: Callable[["LossInput"], None]
     timer: PhaseTimer
@@ -181,9 +191,9 @@ class LossInput:
 
 
 class Parts:
-    """The objects that a pre-training run with the same options has, made anew at every call. overrides: options of a run, besides."""
+    """The objects that a pre-training run with the same options has, made anew at every call."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: str, runtime: Runtime, overrides: Sequence[str] = ()):
+    def __init__(self, arguments: argparse.Namespace, folder: str, runtime: Runtime):
         self._arguments = arguments
         self._runtime = runtime
         schema.register()
@@ -197,7 +207,7 @@ class Parts:
                     f"data.root={folder}",
                     f"data.batch_size={arguments.batch_size}",
                     "data.workers=1",
-                    *overrides,
+                    *arguments.overrides,
                 ],
             )
             self._losses = {name: compose("config", overrides=[f"loss={name}"]).loss for name in ("view", "view_region")}
@@ -205,11 +215,12 @@ class Parts:
         self.crop_sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
         self.normalize = self._build(self._config.task.normalize)
         self.optimizer: AdamW = self._build(self._config.optimizer)
+        self.plain_precision = plain_precision(runtime)
 
     def batches(self) -> Iterator:
-        """Endless batches of views, loaded by one process."""
+        """Endless batches of views: loaded by one process, or the same few."""
         data = self._build(self._config.data)
-        return TrainLoader(
+        loaded = TrainLoader(
             images=data.train(),
             transform=self._build(self._config.augmentation),
             batch_size=data.batch_size,
@@ -220,6 +231,9 @@ class Parts:
             accumulation=1,
             max_bad_fraction=0.0,
         ).from_step(0)
+        if self._arguments.input == "photos":
+            return loaded
+        return itertools.cycle([next(loaded) for _ in range(CACHED_BATCHES)])
 
     def now(self) -> StepValues:
         """Half-way through training: nothing is frozen."""
@@ -227,8 +241,9 @@ class Parts:
         schedules = self._build(self._config.schedule)(epochs=100, steps_per_epoch=1000, learning_rate=rate)
         return schedules.at(schedules.total_steps // 2)
 
-    def product(self, loss_name: str) -> Variant:
-        timer, now, loss = PhaseTimer(self._runtime.device), self.now(), self._build(self._losses[loss_name])
+    def product(self, loss_name: str, timer: PhaseTimer | None = None) -> Variant:
+        timer = timer or PhaseTimer(self._runtime.device)
+        now, loss = self.now(), self._build(self._losses[loss_name])
         network = self._network(regions=loss.needs_regions)
         loss.setup(prototypes=self._arguments.prototypes)
         loss.to(self._runtime.device)
@@ -243,10 +258,14 @@ class Parts:
             mixing=None,
             phase=timer,
         )
+        network.backbone.recompute(self._config.task.recompute.value)
+        if self._config.task.compile:
+            for each in (network, distillation.teacher.network):
+                each.backbone.compile_blocks()
         sound = torch.ones((), dtype=torch.bool, device=self._runtime.device)
 
-        def step(crops: list[Tensor]) -> None:
-            distillation.step([crops], now, sound=sound, rng=self._runtime.seed_step(len(timer.steps)))
+        def step(crops: list[Tensor]) -> Tensor:
+            return distillation.step([crops], now, sound=sound, rng=self._runtime.seed_step(len(timer.steps))).terms.total
 
         def loss_gradients(given: LossInput) -> None:
             crops = [torch.empty(1, 1, size, size) for size in self.crop_sizes]
@@ -261,26 +280,28 @@ class Parts:
 
         return Variant(step, network, loss_gradients, timer, self._runtime.deterministic)
 
-    def plain(self, loss_name: str) -> Variant:
-        timer, now, loss = PhaseTimer(self._runtime.device), self.now(), self._build(self._losses[loss_name])
+    def plain(self, loss_name: str, timer: PhaseTimer | None = None) -> Variant:
+        timer = timer or PhaseTimer(self._runtime.device)
+        now, loss = self.now(), self._build(self._losses[loss_name])
         network = self._network(regions=loss.needs_regions)
         distillation = PlainDistillation(
             network=network,
             loss=loss,
             prototypes=self._arguments.prototypes,
             optimizer=self.optimizer,
-            runtime=self._runtime,
+            device=self._runtime.device,
+            precision=self.plain_precision,
             global_count=GLOBAL_CROPS,
             phase=timer,
         )
 
-        def step(crops: list[Tensor]) -> None:
+        def step(crops: list[Tensor]) -> float:
             self._runtime.seed_step(len(timer.steps))
-            distillation.step(crops, now)
+            return distillation.step(crops, now)
 
         def loss_gradients(given: LossInput) -> None:
             plain_loss: PlainLoss = distillation.loss
-            with self._runtime.autocast():
+            with distillation.autocast():
                 student = logits_of(given.student, given.student_prototypes)
                 teacher = logits_of(given.teacher, given.teacher_prototypes)
                 total = plain_loss(student, teacher, crops=len(given.student), global_count=len(given.teacher), temperature=now.temperature)
@@ -345,6 +366,7 @@ def measure(arguments: argparse.Namespace, folder: str, runtime: Runtime, import
     report: dict[str, Any] = {
         "images_per_second": arguments.batch_size / seconds["product"]["step"],
         "seconds": seconds["product"],
+        "data_wait_share": seconds["product"]["data"] / seconds["product"]["step"],
         "peak_memory_bytes": peak_bytes(runtime.device) - (0 if runtime.device.type == "cuda" else imported_bytes),
     }
     if not arguments.compare:
@@ -474,8 +496,9 @@ def describe(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
             "deterministic": runtime.deterministic,
         },
+        "plain_precision": plain_precision(runtime),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")},
-        "data_note": DATA_NOTE,
+        "data_note": DATA_NOTES[arguments.input],
     }
 
 
@@ -488,15 +511,17 @@ def table(report: dict[str, Any]) -> str:
 
     lines = [
         f"{options['backbone']}, loss {options['loss']}, {options['batch_size']} images per step, "
-        f"{GLOBAL_CROPS} global and {options['local_crops']} local crops, {options['prototypes']} prototypes, {options['precision']}",
+        f"{GLOBAL_CROPS} global and {options['local_crops']} local crops, {options['prototypes']} prototypes, {options['precision']}"
+        + (f" (plain in {report['plain_precision']})" if report["plain_precision"] != options["precision"] else ""),
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device {machine['device']}; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"medians of {options['steps']} steps after {options['warmup']} to warm up; the host waits for the device around each phase",
-        DATA_NOTE,
+        report["data_note"],
         "",
         row("", list(columns)),
         row("images/s", [f"{column['images_per_second']:.3f}" for column in columns.values()]),
         *(row(f"{name} (s)", [f"{column['seconds'][name]:.4f}" for column in columns.values()]) for name in (*PHASES, *SUMS)),
+        row("data / step", [f"{column['seconds']['data'] / column['seconds']['step']:.3f}" for column in columns.values()]),
         row("peak memory (MB)", [f"{column['peak_memory_bytes'] / 1e6:.0f}" for column in columns.values()]),
     ]
     if "plain" in report:

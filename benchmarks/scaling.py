@@ -189,12 +189,12 @@ def in_own_process(point: Point, variant: str, arguments: argparse.Namespace) ->
 def cost_of(point: Point, variant_name: str, arguments: argparse.Namespace) -> Cost:
     """Of `1 + arguments.steps` steps on random crops, then as often of the loss alone."""
     imported_bytes = psutil.Process().memory_info().rss
-    options = argparse.Namespace(**vars(arguments), **dataclasses.asdict(point), loss="view_region")
     overrides = [f"augmentation.global_crops_size={point.global_size}"]
     if point.window != 7:
         overrides.append(f"backbone.window_size={point.window}")
+    options = argparse.Namespace(**vars(arguments), **dataclasses.asdict(point), loss="view_region", overrides=overrides)
     with tempfile.TemporaryDirectory() as folder, start_runtime(options) as runtime:
-        parts = Parts(options, folder, runtime, overrides)
+        parts = Parts(options, folder, runtime)
         variant: Variant = getattr(parts, variant_name)(options.loss)
         torch.use_deterministic_algorithms(variant.is_deterministic)
         shapes = [(point.batch_size, 3, size, size) for size in parts.crop_sizes]

@@ -154,7 +154,14 @@ def test_the_plain_step_is_the_products_mathematics(kind: str):
         phase=ours,
     )
     plain_distillation = PlainDistillation(
-        network=networks[1], loss=loss, prototypes=PROTOTYPES, optimizer=ADAMW, runtime=runtime, global_count=2, phase=plain
+        network=networks[1],
+        loss=loss,
+        prototypes=PROTOTYPES,
+        optimizer=ADAMW,
+        device=torch.device("cpu"),
+        precision="fp32",
+        global_count=2,
+        phase=plain,
     )
     for seed in range(2):
         terms = distillation.step([make_crops(seed)], NOW, sound=torch.tensor(True), rng=np.random.default_rng(0)).terms

@@ -22,7 +22,6 @@ from esvit.losses.view import ViewLoss
 from esvit.networks import MultiCropNetwork
 from esvit.optimizers import LAST_LAYER, AdamW, parameter_groups
 from esvit.records import NetworkOutput, PrototypeWeights, StepValues
-from esvit.runtime import Runtime
 from esvit.tasks.distillation import Phase
 from esvit.teacher import Teacher
 
@@ -107,7 +106,8 @@ def _by_crop(rows: Tensor, features: list[Tensor]) -> list[Tensor]:
 class PlainDistillation:
     """Student, teacher, loss and optimizer; takes the arguments of the product's `Distillation`, which see.
 
-    network  becomes the student; its attention is replaced by the plain one
+    network    becomes the student; its attention is replaced by the plain one
+    precision  "fp32", "bf16", or "fp16" with a scaled loss, as published
     """
 
     def __init__(
@@ -117,22 +117,23 @@ class PlainDistillation:
         loss: ViewLoss | ViewRegionLoss,
         prototypes: int,
         optimizer: AdamW,
-        runtime: Runtime,
+        device: torch.device,
+        precision: str,
         global_count: int,
         phase: Phase,
     ):
         use_plain_attention(network)
         self.network = network
         self.teacher = Teacher(network)
-        self.loss = PlainLoss(loss, prototypes=prototypes, device=runtime.device)
+        self.loss = PlainLoss(loss, prototypes=prototypes, device=device)
         self.groups = parameter_groups(network)
         first, second = optimizer.betas
         self.optimizer = torch.optim.AdamW(
             [{"params": group.parameters} for group in self.groups], betas=(first, second), eps=optimizer.eps
         )
         self.clip_norm = optimizer.clip_norm
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.runtime = runtime
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._device, self._precision = device, precision
         self.global_count = global_count
         self.phase = phase
 
@@ -141,7 +142,7 @@ class PlainDistillation:
         for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             options["lr"] = now.learning_rate
             options["weight_decay"] = now.weight_decay if group.decayed else 0.0
-        with self.runtime.autocast():
+        with self.autocast():
             with self.phase("teacher"), torch.no_grad():
                 targets = logits_of(self.teacher(crops[: self.global_count]), self.teacher.prototypes())
             with self.phase("student"):
@@ -166,6 +167,10 @@ class PlainDistillation:
         with self.phase("EMA"):
             self._update_teacher(now.momentum)
         return value
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self._precision)
+        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
 
     @torch.no_grad()
     def _clip(self) -> None:
