@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.scaling import cost_of, exponent, figure, measure, outgrown, parse
-from esvit.losses import prototypes as chunked
+from esvit.losses import chunked
 from esvit.tasks.throughput import LiveTensors
 from tests.losses.outputs import Batch
 from tests.losses.test_losses import plain_region, product_terms, view_region_loss

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain import losses as plain
-from esvit.losses import prototypes as chunked
+from esvit.losses import chunked
 from esvit.losses.combined import ViewRegionLoss
 from esvit.losses.view import ViewLoss
 from esvit.records import LossTerms, NetworkOutput

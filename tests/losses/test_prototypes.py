@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit.losses import prototypes as chunked
+from esvit.losses import chunked
 from esvit.losses.prototypes import Matching, WithGradients
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
