@@ -210,12 +210,15 @@ class Parts:
                     *arguments.overrides,
                 ],
             )
-            self._losses = {name: compose("config", overrides=[f"loss={name}"]).loss for name in ("view", "view_region")}
+            self._losses = {
+                name: compose("config", overrides=[f"loss={name}", *arguments.overrides]).loss for name in ("view", "view_region")
+            }
         crops = self._config.augmentation
         self.crop_sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
         self.normalize = self._build(self._config.task.normalize)
         self.optimizer: AdamW = self._build(self._config.optimizer)
         self.plain_precision = plain_precision(runtime)
+        self.kernel = "auto"  # and in the end the one that was taken
 
     def batches(self) -> Iterator:
         """Endless batches of views: loaded by one process, or the same few."""
@@ -247,6 +250,8 @@ class Parts:
         network = self._network(regions=loss.needs_regions)
         loss.setup(prototypes=self._arguments.prototypes)
         loss.to(self._runtime.device)
+        loss.choose_kernel(device=self._runtime.device, precision=self._runtime.precision, width=self._config.head.bottleneck_dim)
+        self.kernel = "fused" if loss.is_fused else "chunked"
         distillation = Distillation(
             network=network,
             loss=loss,
@@ -364,6 +369,7 @@ def measure(arguments: argparse.Namespace, folder: str, runtime: Runtime, import
     take_turns(arguments, parts, variants, runtime)
     seconds = {name: variant.timer.medians(skip=arguments.warmup) for name, variant in variants.items()}
     report: dict[str, Any] = {
+        "kernel": parts.kernel,
         "images_per_second": arguments.batch_size / seconds["product"]["step"],
         "seconds": seconds["product"],
         "data_wait_share": seconds["product"]["data"] / seconds["product"]["step"],
@@ -510,7 +516,7 @@ def table(report: dict[str, Any]) -> str:
         return f"{name:<18}" + "".join(f"{cell:>14}" for cell in cells)
 
     lines = [
-        f"{options['backbone']}, loss {options['loss']}, {options['batch_size']} images per step, "
+        f"{options['backbone']}, loss {options['loss']} ({report['kernel']}), {options['batch_size']} images per step, "
         f"{GLOBAL_CROPS} global and {options['local_crops']} local crops, {options['prototypes']} prototypes, {options['precision']}"
         + (f" (plain in {report['plain_precision']})" if report["plain_precision"] != options["precision"] else ""),
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device {machine['device']}; "

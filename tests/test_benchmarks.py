@@ -124,8 +124,8 @@ def make_crops(seed: int) -> list[Tensor]:
 
 def make_loss(kind: str) -> ViewLoss | ViewRegionLoss:
     if kind == "view":
-        return ViewLoss(student_temperature=0.1, center_momentum=0.9)
-    return ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.3, region_weight=0.7)
+        return ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto")
+    return ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.3, region_weight=0.7, kernel="auto")
 
 
 def assert_relatively_close(ours: Tensor, theirs: Tensor, what: str) -> None:

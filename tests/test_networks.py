@@ -140,7 +140,7 @@ class Trial:
         self.runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
         self.network = make_network()
         self.gradients = Gradients(self.network)
-        self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+        self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
         self.loss.setup(prototypes=PROTOTYPES)
         self.distillation = Distillation(
             network=self.network,

@@ -66,9 +66,9 @@ def scrambled(module: M) -> M:
 
 def centers(*, regions: bool = True) -> ViewLoss | ViewRegionLoss:
     if not regions:
-        loss: ViewLoss | ViewRegionLoss = ViewLoss(student_temperature=0.1, center_momentum=0.9)
+        loss: ViewLoss | ViewRegionLoss = ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto")
     else:
-        loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+        loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
     loss.setup(prototypes=PROTOTYPES)
     return loss
 

@@ -114,11 +114,18 @@ class Projection:
     norm_last_layer: bool = True  # keep every prototype at unit norm; false often gains accuracy in long runs, true is steadier
 
 
+class LossKernel(Enum):
+    auto = "auto"
+    chunked = "chunked"
+    fused = "fused"
+
+
 @dataclass
 class View:
     _target_: str = "esvit.losses.view.ViewLoss"
     student_temperature: float = 0.1  # of the student's softmax
     center_momentum: float = 0.9  # of the centre's moving average
+    kernel: LossKernel = LossKernel.auto  # softmax over prototypes: chunked, fused (a GPU's kernels; bf16, fp16), or auto: fused if it can
 
 
 @dataclass
@@ -128,6 +135,7 @@ class ViewRegion:
     center_momentum: float = 0.9  # of the centres' moving averages
     view_weight: float = 0.5  # weight of the view-level loss
     region_weight: float = 0.5  # weight of the region-level loss
+    kernel: LossKernel = LossKernel.auto  # softmax over prototypes: chunked, fused (a GPU's kernels; bf16, fp16), or auto: fused if it can
 
 
 SCHEMAS = {

@@ -8,8 +8,11 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from esvit.losses import choice
+from esvit.losses.chunked import ChunkedAssignments
 from esvit.losses.prototypes import Matching, WithGradients
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
@@ -42,9 +45,28 @@ class LossByGroups(Protocol):
 
 
 class MatchingLoss(nn.Module):
-    """Cross-entropy of student crops against the teacher's global views, averaged over pairs; its buffers are the centres (1, K)."""
+    """Cross-entropy of student crops against the teacher's global views, averaged over pairs; its buffers are the centres (1, K).
+
+    kernel  "auto", "chunked" or "fused"; until `choose_kernel` has been called it is chunked
+    """
 
     student_temperature: float
+
+    def __init__(self, *, kernel: str):
+        super().__init__()
+        self.kernel = kernel
+        self.make_assignments: choice.MakeAssignments = ChunkedAssignments
+
+    def choose_kernel(self, *, device: torch.device, precision: str, width: int) -> None:
+        """Follow the option `kernel`, for embeddings of `width`. All ranks call it together.
+
+        Raises OptionError where "fused" cannot be.
+        """
+        self.make_assignments = choice.choose(self.kernel, device=device, precision=precision, width=width)
+
+    @property
+    def is_fused(self) -> bool:
+        return self.make_assignments is choice.fused_assignments
 
     def matching(self, teachers: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, center: Tensor, temperature: float) -> Matching:
         """One head's cross-entropy against teacher rows (S, E); temperature is the teacher's."""
@@ -55,6 +77,7 @@ class MatchingLoss(nn.Module):
             center=center,
             student_temperature=self.student_temperature,
             teacher_temperature=temperature,
+            make_assignments=self.make_assignments,
         )
 
     @abstractmethod

@@ -17,8 +17,8 @@ class ViewRegionLoss(MatchingLoss):
     center: Tensor
     center_region: Tensor
 
-    def __init__(self, *, student_temperature: float, center_momentum: float, view_weight: float, region_weight: float):
-        super().__init__()
+    def __init__(self, *, student_temperature: float, center_momentum: float, view_weight: float, region_weight: float, kernel: str):
+        super().__init__(kernel=kernel)
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
         self.view_weight = view_weight

@@ -26,15 +26,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esvit import distributed
-from esvit.losses.assignments import Assignment, Assignments
-from esvit.losses.chunked import ChunkedAssignments
+from esvit.losses.assignments import Assignment
+from esvit.losses.choice import MakeAssignments
 
 
 class Matching:
     """The `total` of the module's formula, for the teacher rows of one micro-batch and group after group of student rows.
 
     prototypes (K, E), teachers (S, E), teacher_prototypes (K, E), center (1, K); nothing of the teacher's gets a gradient.
-    Embeddings need not be unit vectors. Under autocast the matrix products run in its dtype, everything else in float32 (or float64).
+    make_assignments says in which way softmaxes are computed. Embeddings need not be unit vectors. Under autocast the matrix products
+    run in its dtype, everything else in float32 (or float64).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Matching:
         center: Tensor,
         student_temperature: float,
         teacher_temperature: float,
+        make_assignments: MakeAssignments,
     ):
         device = prototypes.device.type
         dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
@@ -62,7 +64,7 @@ class Matching:
             self._shift = center.to(dtype) / teacher_temperature
             self._pulls = torch.zeros_like(self._teachers)
             self._expected = torch.empty_like(self._teachers)  # q_j W / -s: a pull's gradient
-            self._assignments: Assignments = ChunkedAssignments(self._matrix, dtype)
+            self._assignments = make_assignments(self._matrix, dtype)
             self._kept: list[tuple[slice, Assignment]] = []
             for rows, targets in self._targets():
                 self._expected[rows] = targets.mean() / -student_temperature

@@ -60,8 +60,8 @@ class ViewLoss(MatchingLoss):
     needs_regions = False
     center: Tensor
 
-    def __init__(self, *, student_temperature: float, center_momentum: float):
-        super().__init__()
+    def __init__(self, *, student_temperature: float, center_momentum: float, kernel: str):
+        super().__init__(kernel=kernel)
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
 

@@ -190,6 +190,7 @@ class _Run:
         )
         task.loss.setup(prototypes=task.head.prototypes)
         task.loss.to(runtime.device)
+        task.loss.choose_kernel(device=runtime.device, precision=runtime.precision, width=task.head.bottleneck_dim)
         teacher = Teacher(network)
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin(network, teacher.network)
         self.spare = copy.deepcopy(network).cpu() if sharding.is_on(task.sharding) else None
@@ -572,6 +573,8 @@ class _Run:
             checkpoint_every=self.task.checkpoint_every,
         ):
             self.progress.say(line)
+        if self.task.loss.is_fused:
+            self.progress.say("loss           fused kernels")
         if self.beginning:
             self.progress.say(f"begins with    {self.beginning}")
             self.progress.say(f"               at epoch {self.task.start_epoch} of the schedules, with a fresh optimizer")

@@ -229,7 +229,7 @@ def test_student_and_teacher_hear_of_the_progress():
     sgd = SGD(learning_rate=0.1, momentum=0.9, clip="none", clip_norm=1.0)
     distillation = Distillation(
         network=network,
-        loss=ViewLoss(student_temperature=0.1, center_momentum=0.9),
+        loss=ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto"),
         optimizer=sgd.build(network, precision="fp32", device=torch.device("cpu")),
         runtime=Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0),
         global_count=2,

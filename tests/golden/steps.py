@@ -89,8 +89,8 @@ def original_name(name: str) -> str:
 
 def make_loss(kind: str) -> ViewLoss | ViewRegionLoss:
     if kind == "view":
-        return ViewLoss(student_temperature=0.1, center_momentum=0.9)
-    return ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+        return ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto")
+    return ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
 
 
 def make_schedules() -> Schedules:

@@ -58,7 +58,7 @@ def originals_mixup_targets(goldens: Goldens, call: int) -> Tensor:
 @pytest.mark.parametrize("name", ["loss_view", "loss_view_mixup"])
 def test_view_loss_follows_the_original_over_three_calls(goldens: Goldens, name: str):
     case = goldens.case(name)
-    loss = ViewLoss(student_temperature=0.1, center_momentum=0.9)
+    loss = ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto")
     loss.setup(prototypes=K)
     for call, epoch in enumerate(EPOCHS):
         assert epoch == case[f"call{call}_epoch"]
@@ -78,7 +78,7 @@ def test_view_loss_follows_the_original_over_three_calls(goldens: Goldens, name:
 
 def test_view_region_loss_follows_the_original_over_three_calls(goldens: Goldens):
     case = goldens.case("loss_view_region")
-    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
     loss.setup(prototypes=K)
     student_rows, teacher_rows = IMAGES * sum(REGIONS), IMAGES * sum(REGIONS[:GLOBAL_CROPS])
     for call, epoch in enumerate(EPOCHS):
@@ -111,7 +111,7 @@ def test_original_region_loss_ignores_mixup_targets_and_ours_does_not(goldens: G
     """`call0_loss_with_mixup_targets` is the original's loss of call 0 with targets: the same as without."""
     case = goldens.case("loss_view_region")
     assert case["call0_loss_with_mixup_targets"] == case["call0_loss"]
-    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
     loss.setup(prototypes=K)
     student_rows, teacher_rows = IMAGES * sum(REGIONS), IMAGES * sum(REGIONS[:GLOBAL_CROPS])
     student = outputs(

@@ -53,7 +53,7 @@ def network_without_values(model: str, *, prototypes: int) -> MultiCropNetwork:
 
 
 def make_loss(prototypes: int) -> ViewRegionLoss:
-    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
     loss.setup(prototypes=prototypes)
     return loss
 

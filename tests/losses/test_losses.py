@@ -34,14 +34,14 @@ def tiny_chunks(monkeypatch):
 
 
 def view_loss(batch: Batch) -> ViewLoss:
-    loss = ViewLoss(student_temperature=0.1, center_momentum=0.9)
+    loss = ViewLoss(student_temperature=0.1, center_momentum=0.9, kernel="auto")
     loss.setup(prototypes=batch.center.shape[1])
     loss.center = batch.center.clone()
     return loss
 
 
 def view_region_loss(batch: Batch) -> ViewRegionLoss:
-    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.3, region_weight=0.7)
+    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.3, region_weight=0.7, kernel="auto")
     loss.setup(prototypes=batch.center.shape[1])
     loss.center, loss.center_region = batch.center.clone(), batch.center_region.clone()
     return loss
@@ -295,7 +295,7 @@ def test_a_finite_step_moves_the_centres(flag):
 
 
 def test_centres_are_part_of_the_state():
-    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+    loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
     loss.setup(prototypes=7)
     assert {name: value.shape for name, value in loss.state_dict().items()} == {"center": (1, 7), "center_region": (1, 7)}
     assert all(value.dtype == torch.float32 and not value.any() for value in loss.state_dict().values())

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit.losses import chunked
+from esvit.losses.chunked import ChunkedAssignments
 from esvit.losses.prototypes import Matching, WithGradients
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
@@ -30,6 +31,7 @@ def against(prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, ce
         center=center,
         student_temperature=STUDENT_TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
+        make_assignments=ChunkedAssignments,
     )
 
 

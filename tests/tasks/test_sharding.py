@@ -55,7 +55,7 @@ class Trial:
         self.network = make_network()
         teacher = Teacher(self.network)
         sharding.shard(self.network, teacher, sharding=kind, device=torch.device("cpu"))
-        self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5)
+        self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
         self.loss.setup(prototypes=PROTOTYPES)
         self.distillation = Distillation(
             network=self.network,
