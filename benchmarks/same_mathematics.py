@@ -27,7 +27,12 @@ from conf.explain import mistakes_in_one_line  # noqa: E402
 
 PARTS = (1, 2, 4)
 RECOMPUTE = ("none", "mlp", "attention", "blocks")
-LEARNING_RATE = 0.1  # for 256 images: large enough that the loss moves within the steps
+COMMON = [
+    "augmentation.global_crops_size=96",
+    "augmentation.local_crops_size=48",
+    "backbone.drop_path_rate=0",
+    "optimizer.learning_rate=0.1",  # for 256 images: large enough that the loss moves within the steps
+]
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def course_of(kind: str, way: Way, arguments: argparse.Namespace) -> Course:
     """Of the "product" or the "plain" step."""
-    overrides = [*way.overrides, f"optimizer.learning_rate={LEARNING_RATE}", "backbone.drop_path_rate=0"]
-    options = argparse.Namespace(**vars(arguments) | {"precision": way.precision, "overrides": overrides, "input": "photos"})
+    options = argparse.Namespace(**vars(arguments) | {"precision": way.precision, "overrides": COMMON + way.overrides, "input": "photos"})
     with tempfile.TemporaryDirectory() as folder, start_runtime(options) as runtime:
         parts = Parts(options, folder, runtime)
         timer = FirstGradients(runtime.device)
