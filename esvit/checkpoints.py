@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, load without running code, and fit the network or say why not.
 
-A checkpoint is written under a temporary name, synced to the disk and only then renamed, so a final name never holds half a file.
-Only tensors and plain containers are written and `weights_only=True` is all that ever loads them. Files of the original hold an
+A checkpoint is written under a temporary name, synced to the disk and only then renamed, so a final name never holds half a checkpoint.
+It is one file (state_files.py), or a folder to which each rank gave its shares (checkpoint_shares.py). Files of the original hold an
 argparse.Namespace and numpy numbers besides: these, and nothing else, are let through, the numbers by stand-ins of ours.
 """
 
@@ -13,8 +13,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,20 @@ import torch
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from esvit import distributed
+from esvit import checkpoint_shares, distributed, state_files
+from esvit.distributed import Scattered
 from esvit.errors import OptionError
 
 LATEST = "checkpoint.pt"
 SAME_NETWORK = "use the backbone, head and loss that the checkpoint was made with"
-PLAIN_TYPES = (Tensor, nn.Parameter, str, int, float, bool, bytes, type(None))
 
 
 class CheckpointFolder:
     """The checkpoints of one run: `checkpoint.pt` is the latest, `checkpoint_<step>.pt` the last `keep` of them.
 
-    The latest and the kept file of its step are one file with two names where the file system can do that, else two copies.
+    The latest and the kept file of its step are one file with two names where the file system can do that, else two copies. A folder
+    of shares is `checkpoint_<step>`; where it is the latest there is no `checkpoint.pt`.
+
     Making one clears away what a killed run left half-written, so only the run itself makes one of its folder, before it
     trains; everyone else reads with `load_checkpoint_file`.
     """
@@ -44,7 +45,7 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.keep = keep
         for leftover in self.folder.glob(".checkpoint*.tmp"):
-            leftover.unlink(missing_ok=True)
+            _delete(leftover)
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Write `state` as the checkpoint of `step`; to be called by one process only. Raises TypeError for what is not plain.
@@ -52,37 +53,52 @@ class CheckpointFolder:
         Of the older ones the newest `keep` stay, this one included. Checkpoints of later steps go: they are the damaged ones, or those
         of a course that the run went back from, and would otherwise be mistaken for its latest.
         """
-        _require_plain(state, "")
+        state_files.require_plain(state)
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self.folder / f"checkpoint_{step}.pt"
         written = self.folder / f".{kept.name}.tmp"
-        _write_synced(state, written)
+        state_files.write_synced(state, written)
         second_name = self.folder / f".{LATEST}.tmp"
         _link_or_copy(written, second_name)
         os.replace(written, kept)
         os.replace(second_name, self.folder / LATEST)
-        self._sync_folder()
-        kept_files = _kept(self.folder)
-        older = [path for path_step, path in kept_files if path_step <= step]
-        later = [path for path_step, path in kept_files if path_step > step]
-        for path in later + older[self.keep :]:
-            path.unlink(missing_ok=True)
+        _sync_folder(self.folder)
+        self._forget_others(kept, step)
+
+    def prepare_shares(self, step: int) -> Path:
+        """An empty folder under a temporary name, for the shares of the checkpoint of `step`; to be called by one process only."""
+        folder = self.folder / f".checkpoint_{step}.tmp"
+        _delete(folder)
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish_shares(self, written: Path, step: int) -> None:
+        """Give the folder, with all that belongs into it, its name; as `save` in all else."""
+        kept = self.folder / f"checkpoint_{step}"
+        _sync_folder(written)
+        _delete(kept)
+        os.replace(written, kept)
+        (self.folder / LATEST).unlink(missing_ok=True)
+        _sync_folder(self.folder)
+        self._forget_others(kept, step)
 
     def load(self) -> dict[str, Any] | None:
-        """The latest checkpoint that can be read, on the CPU; None if there is no checkpoint at all.
+        """The latest checkpoint that can be read, on the CPU; None if there is no checkpoint at all. All ranks call it together.
+
+        Tensors of a folder of shares are `Scattered` and stay on the disk, so that each rank reads only what it takes.
 
         Warns in one line about damaged ones. Raises OptionError if all are damaged.
         """
         damaged = []
         for path in _candidates(self.folder):
             try:
-                state = _read(path)
+                state = _read_together(path) if path.is_dir() else state_files.read(path)
             except MemoryError:
                 raise
             except Exception as error:  # whatever the unpickler makes of garbage
                 damaged.append(f"{path} ({_one_line(error)})")
                 continue
-            if damaged:
+            if damaged and distributed.rank() == 0:
                 warnings.warn(f"damaged checkpoint: {', '.join(damaged)}; {path} is used instead", stacklevel=2)
             return state
         if not damaged:
@@ -90,30 +106,50 @@ class CheckpointFolder:
         found = f"no checkpoint in it can be read: {', '.join(damaged)}"
         raise OptionError("output_dir", found, "remove these files to start afresh, or name another folder")
 
-    def _sync_folder(self) -> None:
-        """Make the new names themselves survive a power failure."""
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _forget_others(self, saved: Path, step: int) -> None:
+        """Delete what is too old, of later steps, or of the same step in another form."""
+        others = [(path_step, path) for path_step, path in _kept(self.folder) if path != saved]
+        older = [path for path_step, path in others if path_step < step]
+        for path in [path for path_step, path in others if path_step >= step] + older[max(self.keep - 1, 0) :]:
+            _delete(path)
+        if self.keep == 0 and saved.is_file():
+            _delete(saved)
 
 
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path`, whole or not at all. Raises TypeError for what is not plain."""
-    _require_plain(state, "")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.tmp")
-    _write_synced(state, written)
-    os.replace(written, path)
+def _read_together(folder: Path) -> dict[str, Any]:
+    """A folder of shares, of which each rank checks a part; what one finds damaged, all refuse."""
+    state, problem = {}, None
+    try:
+        state = checkpoint_shares.read_scattered(folder, rank=distributed.rank(), ranks=distributed.world_size())
+    except MemoryError:
+        raise
+    except Exception as error:
+        problem = _one_line(error)
+    problems = [each for each in distributed.gather_objects(problem) if each is not None]
+    if problems:
+        raise ValueError(problems[0])
+    return state
 
 
-def _write_synced(state: dict[str, Any], path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _sync_folder(folder: Path) -> None:
+    """Make the new names themselves survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    """A file, or a folder of shares, if it is there; its name never holds a part of it."""
+    if not path.is_dir():
+        return path.unlink(missing_ok=True)
+    hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.old.tmp")
+    if hidden != path:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+    return shutil.rmtree(hidden, ignore_errors=True)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -122,24 +158,27 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def peek(folder: Path) -> dict[str, Any] | None:
-    """What the run in `folder` would resume from, its tensors left on the disk; None if there is nothing, or nothing undamaged to see."""
+    """What the run in `folder` would resume from, its tensors left on the disk (None, of a checkpoint in shares); None if there is
+    nothing, or nothing undamaged to see."""
     for path in _candidates(folder):
         with contextlib.suppress(Exception):  # loading it to resume says what is wrong with it
-            return _as_dict(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+            return checkpoint_shares.peek(path) if path.is_dir() else state_files.read_lazily(path)
     return None
 
 
 def load_checkpoint_file(path: Path) -> dict[str, Any]:
     """What is in a file that the user named, of this program or another (`.safetensors` too), on the CPU; nothing in it is run.
 
+    A folder of shares is put together; `checkpoint.pt` of a run whose latest is one means that.
+
     Raises OptionError if it is missing, cannot be read, or holds anything but tensors, plain containers, numpy numbers and an
     argparse.Namespace.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = latest(Path(path))
+    if not path.is_file() and not checkpoint_shares.is_one(path):
         raise OptionError("checkpoint", f"there is no file '{path}'", "give a checkpoint file, outputs/.../checkpoint.pt for example")
     try:
-        return _read_foreign(path)
+        return checkpoint_shares.read(path) if path.is_dir() else _read_foreign(path)
     except MemoryError:
         raise
     except Exception as error:
@@ -151,13 +190,20 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
         raise OptionError("checkpoint", found, "give a checkpoint that this program wrote, or a published one") from error
 
 
-def strict_load(module: nn.Module, state: dict[str, Any], *, option: str, what: str, remedy: str = SAME_NETWORK) -> None:
+def latest(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or for the `checkpoint.pt` of a run that has none its newest folder of shares."""
+    if path.name != LATEST or path.exists():
+        return path
+    return next((kept for _, kept in _kept(path.parent) if kept.is_dir()), path)
+
+
+def strict_load(module: nn.Module, state: Mapping[str, Any], *, option: str, what: str, remedy: str = SAME_NETWORK) -> None:
     """Load `state` into `module` if it has all of its entries in the same shapes and no others.
 
     Otherwise nothing is loaded and OptionError names `option`, `what` ("student", say), a few of the entries that differ, and `remedy`.
     """
     here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    there = {name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()}
+    there = {name: tuple(value.shape) if isinstance(value, (Tensor, Scattered)) else type(value).__name__ for name, value in state.items()}
     differences = [
         _few("missing", [name for name in here if name not in there]),
         _few("unexpected", [name for name in there if name not in here]),
@@ -178,33 +224,21 @@ def _candidates(folder: Path) -> list[Path]:
 def _kept(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the kept checkpoints, newest first."""
     found = []
-    for path in folder.glob("checkpoint_*.pt"):
-        match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
-        if match:
+    for path in folder.glob("checkpoint_*"):
+        match = re.fullmatch(r"checkpoint_(\d+)(\.pt)?", path.name)
+        if match and path.is_dir() == (match.group(2) is None):
             found.append((int(match.group(1)), path))
     return sorted(found, reverse=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch does not look at the check sums: a flipped bit would become a weight
-        wrong = archive.testzip()
-    if wrong is not None:
-        raise ValueError(f"wrong check sum of {wrong}")
-    return _as_dict(torch.load(path, weights_only=True, map_location="cpu"))
-
-
 def _read_foreign(path: Path) -> dict[str, Any]:
-    """As `_read`, and also what the original's checkpoints hold, files of older versions of torch (not zip), and safetensors."""
+    """As `state_files.read`, and also what the original's checkpoints hold, files of older versions of torch (not zip), and safetensors."""
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     with torch.serialization.safe_globals(_OF_THE_ORIGINAL):
-        return _read(path) if zipfile.is_zipfile(path) else _as_dict(torch.load(path, weights_only=True, map_location="cpu"))
-
-
-def _as_dict(state: Any) -> dict[str, Any]:
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}, not a dict")
-    return state
+        if zipfile.is_zipfile(path):
+            return state_files.read(path)
+        return state_files.as_dict(torch.load(path, weights_only=True, map_location="cpu"))
 
 
 class _NumberType:
@@ -229,20 +263,6 @@ _OF_THE_ORIGINAL: list[Any] = [
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
 ]
-
-
-def _require_plain(value: Any, place: str) -> None:
-    """Raise TypeError, naming its place, for the first thing in `value` that weights_only could not load."""
-    if type(value) in (dict, OrderedDict):
-        for key, entry in value.items():
-            _require_plain(key, f"{place} key {key!r}")
-            _require_plain(entry, f"{place}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, entry in enumerate(value):
-            _require_plain(entry, f"{place}[{index}]")
-    elif type(value) not in PLAIN_TYPES:  # not isinstance: numpy.float64 is a float, and cannot be loaded
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"state{place} is a {kind}; a checkpoint holds tensors and plain containers only")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -127,8 +128,64 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.where(in_shares, squares.sqrt(), found)
 
 
+@dataclass(frozen=True)
+class Scattered:
+    """A whole tensor of which only boxes are at hand, as a checkpoint in shares has it.
+
+    pieces  where in the whole each begins, and its values; together they are all of it
+    """
+
+    shape: tuple[int, ...]
+    pieces: list[tuple[tuple[int, ...], Tensor]]
+
+    def box(self, begin: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A copy of what begins there; only pieces that reach into it are looked at."""
+        found = torch.empty(shape, dtype=self.pieces[0][1].dtype)
+        for start, values in self.pieces:
+            lows = [max(a, b) for a, b in zip(begin, start, strict=True)]
+            highs = [min(a + n, b + m) for a, n, b, m in zip(begin, shape, start, values.shape, strict=True)]
+            if all(low < high for low, high in zip(lows, highs, strict=True)):
+                there = tuple(slice(low - a, high - a) for low, high, a in zip(lows, highs, begin, strict=True))
+                here = tuple(slice(low - b, high - b) for low, high, b in zip(lows, highs, start, strict=True))
+                found[there] = values[here]
+        return found
+
+    def whole(self) -> Tensor:
+        return self.box((0,) * len(self.shape), self.shape)
+
+
+def begin_of_share(tensor: "DTensor") -> tuple[int, ...]:
+    """Where in the whole tensor this rank's share begins."""
+    from torch.distributed.tensor import Shard
+
+    begin, shape = [0] * tensor.ndim, list(tensor.shape)
+    for position, ways, placement in zip(_position(tensor), tensor.device_mesh.shape, tensor.placements, strict=True):
+        if type(placement) is Shard:
+            size = shape[placement.dim]
+            length = -(-size // ways)  # as torch.chunk has it: the last ones may be shorter, or empty
+            first = min(length * position, size)
+            begin[placement.dim] += first
+            shape[placement.dim] = min(length, size - first)
+        elif not placement.is_replicate():
+            raise ValueError(f"nobody knows where a share of {placement} begins")
+    assert tuple(shape) == tuple(tensor.to_local().shape)
+    return tuple(begin)
+
+
+def is_first_copy(tensor: "DTensor") -> bool:
+    """Whether no rank before this one has the same share."""
+    copies = [place for place, placement in zip(_position(tensor), tensor.placements, strict=True) if placement.is_replicate()]
+    return not any(copies)
+
+
+def _position(tensor: "DTensor") -> list[int]:
+    position = tensor.device_mesh.get_coordinate()
+    assert position is not None, "all ranks have a share"
+    return list(position)
+
+
 def gathered(state: Any, *, everywhere: bool) -> Any:
-    """The same containers with whole tensors, those that were in shares on the CPU; all ranks call it together.
+    """The same containers with whole tensors, those that were in shares on the CPU in memory of their own; all ranks call it together.
 
     everywhere  on every rank; otherwise ranks other than 0, where memory for it is lacking, get empty tensors instead
     """
@@ -139,15 +196,18 @@ def gathered(state: Any, *, everywhere: bool) -> Any:
     if not is_sharded(state):
         return state
     whole = state.full_tensor()
-    return whole.cpu() if everywhere or rank() == 0 else whole.new_empty(0)
+    return whole.to("cpu", copy=True) if everywhere or rank() == 0 else whole.new_empty(0)
 
 
-def shared_like(whole: Tensor, ours: Tensor) -> Tensor:
-    """`whole`, which every rank has, in shares as `ours` is; itself where `ours` is whole."""
+def shared_like(whole: Tensor | Scattered, ours: Tensor) -> Tensor:
+    """`whole`, which every rank has, in shares as `ours` is; all of it where `ours` is whole. Of what is scattered only that is read."""
     if not is_sharded(ours):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
+        return whole.whole() if isinstance(whole, Scattered) else whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if isinstance(whole, Scattered):
+        share = whole.box(begin_of_share(ours), tuple(ours.to_local().shape)).to(ours.device)
+        return DTensor.from_local(share, ours.device_mesh, ours.placements, run_check=False, shape=ours.shape, stride=ours.stride())
     return distribute_tensor(whole.to(ours.device), ours.device_mesh, ours.placements, src_data_rank=None)
 
 

@@ -1,7 +1,7 @@
 """One folder per run: what is in it, and whether a config may go on in it. Imports no torch.
 
 config.yaml   the resolved options          metrics.json   final metrics, once the run has finished
-log.jsonl     one object per logged step    checkpoint.pt  latest state, checkpoint_<step>.pt the kept ones
+log.jsonl     one object per logged step    checkpoint.pt  latest state, checkpoint_<step>.pt the kept ones (or folders of shares)
 """
 
 import json
@@ -16,8 +16,8 @@ from esvit.errors import OptionError
 
 # A resumed run may change these: they do not change what is computed, or only how far.
 _FREE = ("output_dir", "name", "device", "launcher", "tracking", "max_steps", "checkpoint", "choices", "then", "evaluate", "evaluate_every",
-         "task.sharding", "runtime.threads", "runtime.timeout_minutes", "runtime.stall_minutes", "data.workers",
-         "data.cache", "data.cache_gb", "data.index_cache")  # fmt: skip
+         "task.sharding", "task.checkpoint_writing", "task.checkpoint_shares", "runtime.threads", "runtime.timeout_minutes",
+         "runtime.stall_minutes", "data.workers", "data.cache", "data.cache_gb", "data.index_cache")  # fmt: skip
 
 
 class RunFolder:

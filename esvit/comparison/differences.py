@@ -9,8 +9,9 @@ from esvit.comparison.runs import Run
 # Options that say where a run happens, how often it writes, and what follows it; its results do not depend on them.
 _BOOKKEEPING = (
     "name", "output_dir", "tracking", "launcher", "choices.launcher", "choices.tracking", "runtime.threads", "runtime.timeout_minutes",
-    "runtime.stall_minutes", "data.workers", "task.log_every", "task.health_every", "task.checkpoint_keep", "task.frozen.cache",
-    "task.table", "checkpoint_every", "evaluate_every", "evaluate", "then", "of",
+    "runtime.stall_minutes", "data.workers", "task.log_every", "task.health_every", "task.checkpoint_keep",
+    "task.checkpoint_writing", "task.checkpoint_shares", "task.frozen.cache", "task.table", "checkpoint_every", "evaluate_every",
+    "evaluate", "then", "of",
 )  # fmt: skip
 _SEED = "seed"
 

@@ -173,19 +173,13 @@ class Distillation:
             network.backbone.set_progress(share)
 
     def state_dict(self) -> dict:
-        """Plain containers and tensors; `student` and `teacher` are state dicts of `MultiCropNetwork`.
-
-        All ranks call it together; only rank 0's is whole.
-        """
-        return distributed.gathered(
-            {
-                "student": self.network.state_dict(),
-                "teacher": self.teacher.network.state_dict(),
-                "loss": self.loss.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            everywhere=False,
-        )
+        """Plain containers and tensors, in shares where they are so here; `student` and `teacher` are state dicts of `MultiCropNetwork`."""
+        return {
+            "student": self.network.state_dict(),
+            "teacher": self.teacher.network.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def _gradients_over_ranks(self, *, is_last: bool) -> contextlib.AbstractContextManager:
         """Gradients are averaged over ranks once a step, in the backward pass of the last micro-batch."""

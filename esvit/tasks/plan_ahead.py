@@ -15,7 +15,7 @@ from esvit.errors import OptionError
 from esvit.schedules import Schedules, scaled_learning_rate
 from esvit.tasks.plan_ranks import Traffic, efficiency_lines
 from esvit.tasks.plan_step import StepCost, count_step
-from esvit.tasks.pretrain import Pretrain
+from esvit.tasks.pretrain import BACKGROUND, Pretrain
 from esvit.tasks.throughput import table_row
 
 IMAGENET_IMAGES = 1_281_167
@@ -179,9 +179,10 @@ def _of_shares(task: Pretrain) -> list[str]:
 
 def _disk(task: Pretrain, cost: StepCost) -> list[str]:
     files = task.checkpoint_keep + 1
+    copy = ", from a copy in the CPU's memory" if task.checkpoint_writing == BACKGROUND else ""
     return [
         f"disk           {files * cost.checkpoint() / 1e9:.1f} GB: {_count(task.checkpoint_keep, 'checkpoint')} of "
-        f"{cost.checkpoint() / 1e9:.2f} GB kept, one more while it is written, every {task.checkpoint_every} steps"
+        f"{cost.checkpoint() / 1e9:.2f} GB kept, one more while it is written{copy}, every {task.checkpoint_every} steps"
     ]
 
 

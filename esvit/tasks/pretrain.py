@@ -24,7 +24,8 @@ from esvit.augmentations.evaluation import Normalize
 from esvit.augmentations.mixing import Mixing
 from esvit.augmentations.multicrop import Augmentation
 from esvit.backbones.base import Backbone
-from esvit.checkpoints import CheckpointFolder, has_checkpoint, peek, save_atomically, strict_load
+from esvit.checkpoint_writing import CheckpointWriter
+from esvit.checkpoints import CheckpointFolder, has_checkpoint, peek, strict_load
 from esvit.data.bad_images import BadImages
 from esvit.data.base import Data, ImageSet
 from esvit.data.loading import TrainLoader
@@ -42,6 +43,7 @@ from esvit.records import Views
 from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
+from esvit.state_files import save_atomically
 from esvit.tasks import sharding
 from esvit.tasks.distillation import Distillation, StepResult
 from esvit.tasks.garbage import collected_together
@@ -57,6 +59,7 @@ from esvit.tracking.base import Tracker
 from esvit.tracking.console import Progress
 from esvit.tracking.system import SystemMonitor
 
+BACKGROUND = "background"  # of checkpoint_writing
 HEALTH_GRACE_STEPS = 300  # a fresh network maps all images to nearly one point, which is no alarm yet
 
 
@@ -72,6 +75,8 @@ class Pretrain:
     log_every           optimizer steps between log records
     health_every        optimizer steps between signs of health; 0 means never
     checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
+    checkpoint_writing  "now": training waits for the disk; "background": it goes on from a copy of the state
+    checkpoint_shares   with `sharding`: each process writes its own shares into a folder; the last checkpoint is one file in any case
     keep_teacher_every  epochs between copies of the teacher's backbone that stay, in teachers/; 0 means never
     max_steps           stop after so many optimizer steps, with schedules of full length; None means at the end
     checkpoint          a file, ours or a published one, whose student, teacher and centres the run begins with, or None
@@ -103,6 +108,8 @@ class Pretrain:
     health_every: int
     checkpoint_every: int
     checkpoint_keep: int
+    checkpoint_writing: str
+    checkpoint_shares: bool
     keep_teacher_every: int
     checkpoint: str | None
     start_epoch: int
@@ -134,6 +141,9 @@ class Pretrain:
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
+        if self.checkpoint_shares and self.sharding == sharding.NONE:
+            found = "needs student and teacher in shares, and task.sharding is none"
+            raise OptionError("task.checkpoint_shares", found, "use task.sharding=fsdp (or hsdp), or leave it false")
         if self.start_epoch >= self.epochs:
             found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
@@ -226,7 +236,9 @@ class _Run:
     def run(self, tracker: Tracker) -> None:
         folder = self.runtime.folder
         self.tracker = tracker
-        self.checkpoints = CheckpointFolder(folder, keep=self.task.checkpoint_keep)
+        self.checkpoints = CheckpointWriter(
+            CheckpointFolder(folder, keep=self.task.checkpoint_keep), background=self.task.checkpoint_writing == BACKGROUND
+        )
         self.bad_images = BadImages(
             folder=folder, image_count=len(self.images), max_bad_fraction=self.task.data.max_bad_fraction, writes=self.runtime.is_main
         )
@@ -247,6 +259,7 @@ class _Run:
         with (
             contextlib.closing(self._on_device(self.loader.from_step(start))) as batches,  # closing ends the loading processes
             collected_together() as collect_garbage,
+            self.checkpoints.writing(),
         ):
             self._train_on(batches, start, collect_garbage)
 
@@ -275,6 +288,7 @@ class _Run:
             if signal or done % self.task.checkpoint_every == 0 or done == self.stop:
                 self._save(done, record_is_due=record_is_due and bool(signal))
             if signal:
+                self.checkpoints.wait()
                 raise Interrupted(signal, done)
 
     def _on_device(self, batches: Iterator[Views]) -> Generator[list[Tensor]]:
@@ -432,15 +446,15 @@ class _Run:
             save_atomically(state, self.runtime.folder / "teachers" / f"teacher_{done:07d}.pt")
 
     def _save(self, done: int, *, record_is_due: bool) -> None:
-        """Write the checkpoint after `done` steps; it is on disk when this returns, on every rank."""
+        """The checkpoint after `done` steps. Written now, it is on disk when this returns, on every rank."""
         self._stop_if_not_finite()
         rng = distributed.gather_objects(torch.get_rng_state())
         meters = distributed.gather_objects(self.meter.state_dict())
-        distillation = self.distillation.state_dict()
+        state = self.distillation.state_dict()
         if self.runtime.is_main:
             self.tracker.sync_to_disk()
             epoch, step_of_epoch = divmod(done, self.loader.steps_per_epoch)
-            state = distillation | {
+            state |= {
                 "step": done,
                 "record_is_due": record_is_due,
                 "meters": meters,
@@ -457,8 +471,9 @@ class _Run:
                 "config": self.config,
                 "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
             }
-            self.checkpoints.save(state, done)
-        distributed.barrier()
+        has_shares = any(distributed.is_sharded(parameter) for parameter in self.distillation.network.parameters())
+        in_shares = self.task.checkpoint_shares and has_shares and done != self.stop  # a finished run has a checkpoint.pt
+        self.checkpoints.save(state, done, in_shares=in_shares)
         self.meter.restart_clock()
 
     @cached_property
@@ -467,7 +482,7 @@ class _Run:
 
     def _resume(self) -> tuple[int, bool]:
         """Completed steps, and whether their record is still due; everything is as it was after them."""
-        state = self.checkpoints.load()
+        state = self.checkpoints.folder.load()
         if state is None:
             self.tracker.resume(self.first_step)
             return self.first_step, False

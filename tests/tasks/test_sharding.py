@@ -5,7 +5,9 @@ The processes are forked from one that has imported everything, started once for
 
 import multiprocessing
 import os
+import shutil
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import pytest
 import torch
 import torch.distributed.fsdp  # imported once, by the process that the others are forked from
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esvit import distributed
-from esvit.checkpoints import LATEST, CheckpointFolder, load_checkpoint_file, strict_load
+from esvit.checkpoint_writing import CheckpointWriter
+from esvit.checkpoints import LATEST, CheckpointFolder, has_checkpoint, load_checkpoint_file, strict_load
 from esvit.errors import OptionError
 from esvit.losses.combined import ViewRegionLoss
 from esvit.optimizers import SGD, AdamW
@@ -43,6 +48,7 @@ COMBINED: list[dict[str, Any]] = [  # of two processes
 STEPS = 2
 IMAGES = 4
 HEADS, EMBEDDING = 2, 12
+TABLE = torch.arange(29 * 3.0).view(29, 3)
 
 
 class Trial:
@@ -84,7 +90,7 @@ class Trial:
 
     def everything(self) -> State:
         """All that training changes: student, teacher, centres, moments; and the gradients' norms. Whole on rank 0."""
-        state = self.distillation.state_dict()
+        state = distributed.gathered(self.distillation.state_dict(), everywhere=False)
         return flat(state | {"optimizer": state["optimizer"]["parameters"]}) | {"norms": torch.tensor(self.norms)}
 
 
@@ -128,29 +134,95 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
                 f"{before} to {after}": resumed(trials[before], kind=after, folder=folder / f"{before}_{after}")
                 for before, after in (("fsdp", "fsdp"), ("fsdp", "none"), ("none", "fsdp"))
             }
+            found |= written_in_shares(trials["fsdp"], kind="fsdp", folder=folder / "shares_of_2")
+            found["after damage"] = fallen_back(folder / "shares_of_2")
+            found["after an error"] = failed(folder / "failing")
+        else:
+            found |= written_in_shares(trials["hsdp"], kind="hsdp", folder=folder / "shares_of_4")
     torch.save(found, folder / f"{rank}_of_{ranks}.pt")
 
 
 def resumed(trial: Trial, *, kind: str, folder: Path) -> State:
     """All that a fresh trial has that took a checkpoint of `trial`, which rank 0 wrote."""
-    state = trial.distillation.state_dict()
+    state = distributed.gathered(trial.distillation.state_dict(), everywhere=False)
     if distributed.rank() == 0:
         CheckpointFolder(folder, keep=1).save(state, STEPS)
     distributed.barrier()
-    loaded = load_checkpoint_file(folder / LATEST)
-    fresh = Trial(kind=kind)
+    return with_state(Trial(kind=kind), load_checkpoint_file(folder / LATEST), norms=trial.norms)
+
+
+def with_state(fresh: Trial, loaded: dict[str, Any], *, norms: list[float]) -> State:
+    """All that `fresh` has when it goes on from a checkpoint."""
     strict_load(fresh.network, loaded["student"], option="output_dir", what="student")
     strict_load(fresh.distillation.teacher.network, loaded["teacher"], option="output_dir", what="teacher")
     strict_load(fresh.loss, loaded["loss"], option="output_dir", what="loss")
     fresh.distillation.optimizer.load_state_dict(loaded["optimizer"])
-    fresh.norms = trial.norms
+    fresh.norms = norms
     return fresh.everything()
 
 
+def written_in_shares(trial: Trial, *, kind: str, folder: Path) -> dict[str, Any]:
+    """Checkpoints in shares, written at once (step 1) and in the background (step 2); what a fresh trial has that resumes from the last.
+
+    Part of the state is a table of 29 rows in shares over all ranks, on a mesh of its own.
+    """
+    ranks = distributed.world_size()
+    table = distribute_tensor(TABLE.clone(), init_device_mesh("cpu", (ranks,)), [Shard(0)])
+    for step, background in enumerate((False, True), start=1):
+        writer = CheckpointWriter(CheckpointFolder(folder, keep=2), background=background)
+        with writer.writing():
+            writer.save(trial.distillation.state_dict() | {"table": table, "step": step}, step, in_shares=True)
+            if background:
+                table.add_(1)  # too late to be in it
+    loaded = CheckpointFolder(folder, keep=2).load()
+    assert loaded is not None
+    begin, share = distributed.begin_of_share(table), table.to_local()
+    return {
+        "table": [distributed.shared_like(loaded["table"], table).to_local(), TABLE[begin[0] : begin[0] + len(share)].clone()],
+        "from shares": with_state(Trial(kind=kind), loaded, norms=trial.norms),
+    }
+
+
+def fallen_back(folder: Path) -> tuple[int, int]:
+    """The step that is loaded when the other rank finds its file of step 2 damaged, and the warnings."""
+    if distributed.rank() == 0:
+        shutil.copytree(folder, damaged := folder.with_name("damaged"))
+        share = damaged / "checkpoint_2" / "share_1_of_2.pt"
+        share.write_bytes(share.read_bytes()[:-100])
+    distributed.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        loaded = CheckpointFolder(folder.with_name("damaged"), keep=2).load()
+    return -1 if loaded is None else loaded["step"], len(caught)
+
+
+def failed(folder: Path) -> str:
+    """What this rank is told when the other cannot write its share in the background."""
+    table = distribute_tensor(TABLE.clone(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    writer = CheckpointWriter(CheckpointFolder(folder, keep=1), background=True)
+    told = "nothing"
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(torch, "save", full_disk)
+        try:
+            with writer.writing():
+                writer.save({"table": table}, 1, in_shares=True)
+        except OSError as error:
+            told = str(error)
+    return told
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError("No space left on device")
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """What each process of two, and of four, found; see `run_rank`."""
-    folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     answers = {}
     for ranks in OPTIMIZERS:
@@ -196,6 +268,56 @@ def test_checkpoints_know_nothing_of_shares(way: str, found: dict[int, list[dict
     before, ours = found[2][0][way.split()[0]], found[2][0]["resumed"][way]
     assert ours.keys() == before.keys()
     assert all(torch.equal(ours[name], value) for name, value in before.items())
+
+
+IN_SHARES = pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (4, "hsdp")])
+
+
+@IN_SHARES
+def test_shares_put_together_are_what_one_file_would_hold(ranks: int, kind: str, found: dict[int, list[dict[str, Any]]], folder: Path):
+    """Written at once and in the background; the table of another mesh too, as it was at the step."""
+    for step in (1, 2):
+        loaded = load_checkpoint_file(folder / f"shares_of_{ranks}" / f"checkpoint_{step}")
+        assert loaded.pop("step") == step and torch.equal(loaded.pop("table"), TABLE)
+        ours, expected = flat(loaded | {"optimizer": loaded["optimizer"]["parameters"]}), found[ranks][0][kind]
+        assert ours.keys() == expected.keys() - {"norms"}
+        assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+@IN_SHARES
+def test_ranks_go_on_from_their_shares(ranks: int, kind: str, found: dict[int, list[dict[str, Any]]]):
+    before, ours = found[ranks][0][kind], found[ranks][0]["from shares"]
+    assert ours.keys() == before.keys()
+    assert all(torch.equal(ours[name], value) for name, value in before.items())
+    for rank in found[ranks]:
+        assert torch.equal(*rank["table"])
+
+
+def test_one_process_goes_on_from_shares_of_four(found: dict[int, list[dict[str, Any]]], folder: Path):
+    loaded = CheckpointFolder(folder / "shares_of_4", keep=2).load()
+    assert loaded is not None
+    ours = with_state(Trial(), loaded, norms=[])
+    assert all(torch.equal(ours[name], value) for name, value in found[4][0]["hsdp"].items() if name != "norms")
+
+
+def test_of_copies_only_the_first_is_written(found: dict[int, list[dict[str, Any]]], folder: Path):
+    """Two machines of two processes: the second machine writes its rows of the table alone, rank 0 also what is whole everywhere."""
+    files = [folder / "shares_of_4" / "checkpoint_2" / f"share_{rank}_of_4.pt" for rank in range(4)]
+    held = [set(torch.load(file, weights_only=True)["shares"]) for file in files]
+    assert held[0] > held[1] > held[2] == held[3] == {"table"}
+    assert {name.split("/")[-1] for name in held[0] - held[1]} >= {"center", "step"}
+    whole = sum(file.stat().st_size for file in (folder / "shares_of_2" / "checkpoint_2").iterdir())
+    shares = sum(file.stat().st_size for file in (folder / "shares_of_4" / "checkpoint_2").iterdir())
+    assert shares < 1.2 * whole
+
+
+def test_what_one_rank_finds_damaged_all_ranks_leave(found: dict[int, list[dict[str, Any]]]):
+    assert [rank["after damage"] for rank in found[2]] == [(1, 1), (1, 0)]  # one warning is enough
+
+
+def test_when_one_rank_cannot_write_all_are_told_and_nothing_is_published(found: dict[int, list[dict[str, Any]]], folder: Path):
+    assert [rank["after an error"] for rank in found[2]] == ["No space left on device"] * 2
+    assert not has_checkpoint(folder / "failing")
 
 
 def test_an_evaluation_has_the_whole_network_on_every_rank(found: dict[int, list[dict[str, Any]]]):

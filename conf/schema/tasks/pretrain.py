@@ -25,6 +25,11 @@ class Sharding(Enum):
     hsdp = "hsdp"
 
 
+class Writing(Enum):
+    now = "now"
+    background = "background"
+
+
 class OnlineNetwork(Enum):
     none = "none"
     teacher = "teacher"
@@ -59,6 +64,8 @@ class Pretrain:
     log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
+    checkpoint_writing: Writing = Writing.now  # now: training waits for the disk; background: goes on, from a copy in the CPU's memory
+    checkpoint_shares: bool = False  # with sharding: each process writes its own shares, into folders checkpoint_<step>; the last is a file
     online_knn: OnlineKnn = field(default_factory=OnlineKnn)
     online_linear: OnlineLinear = field(default_factory=OnlineLinear)
     mixing: Mixing = field(default_factory=Mixing)
