@@ -51,9 +51,12 @@ def fetch(url: str, path: Path, *, token: str | None, option: str, token_option:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 in hexadecimal of a file, or of the files of a folder, one after the other in the order of their names."""
+    digest = hashlib.sha256()
+    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with open(each, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _compare_checksum(found: Path, path: Path, *, option: str) -> None:

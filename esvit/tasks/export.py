@@ -1,4 +1,7 @@
-"""Writes a checkpoint's backbone for other programs, compares what they compute with what it computes here, and says so in a model card."""
+"""Writes a checkpoint's backbone for other programs, compares what they compute with what it computes here, and says so in a model card.
+
+Unusual: the format "checkpoint" is all of a checkpoint, for this program: one that each process wrote its shares of, as one file.
+"""
 
 import os
 import shutil
@@ -9,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esvit import checkpoint_shares
 from esvit.backbones.base import Backbone
+from esvit.checkpoints import LATEST, latest, load_checkpoint_file
 from esvit.download import checksum
 from esvit.errors import OptionError
 from esvit.export.card import Source, card, read_run
 from esvit.export.formats import Export as Exported
 from esvit.export.formats import Input, require, write
 from esvit.published import load_backbone
+from esvit.state_files import save_atomically
 
+CHECKPOINT = "checkpoint"
 TOLERANCE = 1e-4  # largest difference between features here and there, over the largest feature (or 1)
 
 
@@ -27,7 +34,7 @@ class Export:
     backbone    the network that the checkpoint fits
     checkpoint  file with the weights
     network     whose backbone: "teacher" or "student"
-    format      see esvit.export.formats
+    format      see esvit.export.formats; or "checkpoint"
     image_size  side of the images that it will see (pixels)
     mean, std   of the normalisation that it was trained with, per channel
     folder      where the files go; it must not exist yet, or be empty
@@ -48,6 +55,8 @@ class Export:
         """Write the files; all of them or none. Raises OptionError for options that cannot work, and if the features are not the same."""
         folder = Path(self.folder)
         checkpoint = self._check(folder)
+        if self.format == CHECKPOINT:
+            return self._as_one_file(checkpoint, folder)
         require(self.format)
         saved = load_backbone(self.backbone, checkpoint, which=self.network, resize_positions=False)
         self.backbone.eval().requires_grad_(False)
@@ -66,18 +75,26 @@ class Export:
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        for file in sorted(folder.iterdir()):
-            print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+        _tell_files(folder)
         print(f"max difference to eager: {facts['max difference to eager']}")
+        return None
+
+    def _as_one_file(self, checkpoint: Path, folder: Path) -> None:
+        """The same as training would have written without shares."""
+        if checkpoint.exists() and not checkpoint_shares.is_one(checkpoint):
+            found = f"'{checkpoint}' is no folder of shares, which task.format=checkpoint makes one file of"
+            raise OptionError("checkpoint", found, "give a folder, outputs/.../checkpoint_1000 for example")
+        save_atomically(load_checkpoint_file(checkpoint), folder / LATEST)
+        _tell_files(folder)
 
     def _check(self, folder: Path) -> Path:
         if self.checkpoint is None:
-            raise OptionError("checkpoint", "has no value", "give the file to export, e.g. checkpoint=outputs/.../checkpoint.pt")
+            raise OptionError("checkpoint", "has no value", "give what to export, e.g. checkpoint=outputs/.../checkpoint.pt")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OptionError("output_dir", f"'{folder}' is not empty", "give a folder that does not exist yet")
         if len(self.mean) != len(self.std):
             raise OptionError("task.std", f"{self.std} for means {self.mean}", "give one number for each channel")
-        return Path(self.checkpoint)
+        return latest(Path(self.checkpoint))
 
     def _images(self) -> Tensor:
         """(2, C, S, S) like normalised images, the same in every export."""
@@ -106,6 +123,11 @@ class Export:
             found = f"'{self.format}' at {self.image_size} pixels gives features that differ by {difference:.2g}"
             raise OptionError("task.format", found, "use backbone or safetensors; please report this")
         return f"{difference:.1e} ({size_of(three)}; largest feature {largest:.1f}; float32 on the CPU)"
+
+
+def _tell_files(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
 
 
 def size_of(images: Tensor) -> str:

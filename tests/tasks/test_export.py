@@ -17,6 +17,7 @@ from esvit.backbones.resnet import ResNet
 from esvit.backbones.swin import Swin
 from esvit.backbones.timm import Timm
 from esvit.backbones.vit import ViT
+from esvit.checkpoint_writing import CheckpointWriter
 from esvit.checkpoints import CheckpointFolder
 from esvit.errors import OptionError
 from esvit.export.formats import require
@@ -24,6 +25,7 @@ from esvit.networks import HeadOptions
 from esvit.records import Features
 from esvit.tasks.export import Export
 from tests.backbones.networks import DEMO, MICRO, micro_cvt, swin
+from tests.command_line.commands import differences
 
 FORMATS = ("backbone", "safetensors", "onnx", "torch_export", "timm", "hf", "mmdet", "detectron2")
 DIFFERENCE = 2e-5  # of features whose largest is about 4
@@ -348,3 +350,24 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     for format in FORMATS:
         if format != "onnx":
             require(format)
+
+
+def test_a_checkpoint_in_shares_becomes_the_file_that_training_would_have_written(teacher: Swin, tmp_path: Path) -> None:
+    one_file = torch.load(saved(swin(), teacher, tmp_path / "files"), weights_only=True)
+    writer = CheckpointWriter(CheckpointFolder(tmp_path / "run", keep=1), background=False)
+    writer.save(one_file, 1, in_shares=True)
+    for number, source in enumerate(("checkpoint_1", "checkpoint.pt")):  # which stands for the latest
+        written = torch.load(export(fresh(), tmp_path / "run" / source, tmp_path / f"out_{number}", format="checkpoint") / "checkpoint.pt")
+        assert differences(written, one_file) == []
+    with pytest.raises(OptionError, match="^checkpoint: [^\n]* is no folder of shares"):
+        export(fresh(), tmp_path / "out_0" / "checkpoint.pt", tmp_path / "again", format="checkpoint")
+    with pytest.raises(OptionError, match="^checkpoint: there is no file"):
+        export(fresh(), tmp_path / "none", tmp_path / "again", format="checkpoint")
+
+
+def test_a_backbone_can_be_exported_out_of_shares(teacher: Swin, tmp_path: Path) -> None:
+    one_file = torch.load(saved(swin(), teacher, tmp_path / "files"), weights_only=True)
+    CheckpointWriter(CheckpointFolder(tmp_path / "run", keep=1), background=False).save(one_file, 1, in_shares=True)
+    folder = export(fresh(), tmp_path / "run" / "checkpoint_1", tmp_path / "out")
+    assert differences(torch.load(folder / "backbone.pt", weights_only=True), dict(teacher.state_dict())) == []
+    assert "| source checkpoint | checkpoint_1, made by" in (folder / "README.md").read_text()

@@ -24,13 +24,16 @@ class ExportFormat(Enum):
     hf = "hf"
     mmdet = "mmdet"
     detectron2 = "detectron2"
+    checkpoint = "checkpoint"
 
 
 @dataclass
 class Export:
     _target_: str = "esvit.tasks.export.Export"
     has_run_folder: bool = False
-    format: ExportFormat = ExportFormat.backbone  # backbone, safetensors, onnx, torch_export, timm, hf (Hugging Face), mmdet, detectron2
+    format: ExportFormat = (
+        ExportFormat.backbone
+    )  # or safetensors, onnx, torch_export, timm, hf (Hugging Face), mmdet, detectron2, checkpoint
     network: Network = Network.teacher  # teacher or student: whose backbone
     image_size: int = 224  # side of the images that it will see (pixels); timm and hf need the backbone's own, backbone.image_size
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the normalisation that it was trained with, for the card
