@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -101,6 +101,29 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def joined(rows: Tensor) -> Tensor:
+    """Concatenation over ranks of tensors (r, ...) of one shape, in the order of the ranks; carries no gradient."""
+    if world_size() == 1:
+        return rows
+    everyones = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everyones, rows.detach().contiguous())
+    return everyones
+
+
+def sum_of_rows(rows: Tensor) -> Tensor:
+    """This rank's part (r, ...) of the sum over ranks of tensors (n r, ...), n ranks; carries no gradient."""
+    if world_size() == 1:
+        return rows
+    own = rows.new_empty((len(rows) // world_size(), *rows.shape[1:]))
+    dist.reduce_scatter_tensor(own, rows.detach().contiguous())
+    return own
+
+
+def own_part(tensor: Tensor, *, dim: int) -> Tensor:
+    """This rank's of equal parts of a tensor that every rank has."""
+    return tensor.chunk(world_size(), dim=dim)[rank()]
+
+
 # ---------------------------------------------------------------------------------------------------- tensors in shares
 
 
@@ -116,16 +139,18 @@ def shares(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norms (n,) of the n tensors, which may be in shares; one communication for all that are."""
+    """L2 norms (n,) of the n tensors, which may be in shares; one communication for all whose shares lie alike."""
     found = torch.stack(list(torch._foreach_norm(shares(tensors))))
-    sharded = next((tensor for tensor in tensors if is_sharded(tensor)), None)
-    if sharded is None:
-        return found
-    (dimension,) = (number for number, placement in enumerate(sharded.placements) if placement.is_shard())
-    in_shares = torch.tensor([is_sharded(tensor) for tensor in tensors]).to(found.device)
-    squares = torch.where(in_shares, found.square(), 0.0)
-    dist.all_reduce(squares, group=sharded.device_mesh.get_group(dimension))
-    return torch.where(in_shares, squares.sqrt(), found)
+    spreads = [spread(tensor) for tensor in tensors]
+    for each in dict.fromkeys(each for each in spreads if each is not None):
+        members = torch.tensor([other == each for other in spreads]).to(found.device)
+        example = tensors[spreads.index(each)]
+        assert is_sharded(example)
+        (dimension,) = (number for number, placement in enumerate(example.placements) if placement.is_shard())
+        squares = torch.where(members, found.square(), 0.0)
+        dist.all_reduce(squares, group=example.device_mesh.get_group(dimension))
+        found = torch.where(members, squares.sqrt(), found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -199,6 +224,25 @@ def gathered(state: Any, *, everywhere: bool) -> Any:
     return whole.to("cpu", copy=True) if everywhere or rank() == 0 else whole.new_empty(0)
 
 
+def from_share(share: Tensor, *, like: Tensor) -> Tensor:
+    """The tensor of which each rank has `share`, in shares as `like` is."""
+    assert is_sharded(like)
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(share, like.device_mesh, like.placements, run_check=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in shares, on every rank, which all call it together; carries no gradient."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread(tensor: Tensor) -> Hashable:
+    """How its shares lie, the same for tensors that one kernel takes together; None where it is whole."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None
+
+
 def shared_like(whole: Tensor | Scattered, ours: Tensor) -> Tensor:
     """`whole`, which every rank has, in shares as `ours` is; all of it where `ours` is whole. Of what is scattered only that is read."""
     if not is_sharded(ours):
@@ -215,14 +259,16 @@ def shared_like(whole: Tensor | Scattered, ours: Tensor) -> Tensor:
 
 
 def over_ranks(network: nn.Module, *, device: torch.device, deterministic: bool) -> nn.Module:
-    """The network, its gradients averaged over ranks (one in shares does so itself).
+    """The network, its gradients averaged over ranks, but for those of what is in shares already.
 
     Buffers (batch norm's statistics, which training never reads) are not broadcast.
 
     deterministic  a resumed run rounds as one that was never stopped, with more than two ranks too
     """
-    if world_size() == 1 or any(is_sharded(parameter) for parameter in network.parameters()):
+    if world_size() == 1:
         return network
+    if in_shares := [name for name, parameter in network.named_parameters() if is_sharded(parameter)]:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, in_shares)  # torch has no other way
     device_ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():  # torch 2.15 deprecates the only spelling that torch 2.11 knows
         warnings.simplefilter("ignore", FutureWarning)

@@ -48,7 +48,7 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """What weight decay applies to, and the rest: two groups for each learning rate; frozen parameters are in none.
 
-    Parameters in shares and whole ones are in groups of their own: no kernel takes both.
+    Parameters in shares and whole ones are in groups of their own, as are shares that lie differently: no kernel takes both.
 
     rate_scales   factor of the learning rate for each parameter by name; None means 1 for all
     tables_decay  as in the paper's code everything that is not 1-D and not named `*.bias` decays, hence also relative-position tables,
@@ -57,15 +57,15 @@ def parameter_groups(
     """
     trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     scales = {1.0} if rate_scales is None else set(rate_scales.values())
-    in_shares = {distributed.is_sharded(parameter) for _, parameter in trainable} or {False}
+    spreads = dict.fromkeys(distributed.spread(parameter) for _, parameter in trainable) or {None: None}
     groups = []
-    for decayed, scale, sharded in itertools.product((True, False), sorted(scales), sorted(in_shares)):
+    for decayed, scale, spread in itertools.product((True, False), sorted(scales), spreads):
         chosen = [
             (name, parameter)
             for name, parameter in trainable
             if _decays(name, parameter, tables_decay) == decayed
             and (rate_scales is None or rate_scales[name] == scale)
-            and distributed.is_sharded(parameter) == sharded
+            and distributed.spread(parameter) == spread
         ]
         groups.append(
             ParameterGroup(

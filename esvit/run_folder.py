@@ -16,8 +16,8 @@ from esvit.errors import OptionError
 
 # A resumed run may change these: they do not change what is computed, or only how far.
 _FREE = ("output_dir", "name", "device", "launcher", "tracking", "max_steps", "checkpoint", "choices", "then", "evaluate", "evaluate_every",
-         "task.sharding", "task.checkpoint_writing", "task.checkpoint_shares", "runtime.threads", "runtime.timeout_minutes",
-         "runtime.stall_minutes", "data.workers", "data.cache", "data.cache_gb", "data.index_cache")  # fmt: skip
+         "task.sharding", "task.shard_prototypes", "task.checkpoint_writing", "task.checkpoint_shares", "runtime.threads",
+         "runtime.timeout_minutes", "runtime.stall_minutes", "data.workers", "data.cache", "data.cache_gb", "data.index_cache")  # fmt: skip
 
 
 class RunFolder:

@@ -35,7 +35,7 @@ GRADIENT_DESCENT = SGD(learning_rate=1e-3, momentum=0.9, clip="parameter", clip_
 State = dict[str, Tensor]
 
 
-def make_network(*, regions: bool = True, batch_norm: bool = False) -> MultiCropNetwork:
+def make_network(*, regions: bool = True, batch_norm: bool = False, prototypes: int = PROTOTYPES) -> MultiCropNetwork:
     """Two small stages, with the same weights every time."""
     torch.manual_seed(0)
     backbone = Swin(
@@ -49,7 +49,7 @@ def make_network(*, regions: bool = True, batch_norm: bool = False) -> MultiCrop
         drop_path_rate=0.0,
         image_size=32,
     )
-    head = HeadOptions(hidden_dim=16, bottleneck_dim=12, layers=2, batch_norm=batch_norm, prototypes=PROTOTYPES, norm_last_layer=False)
+    head = HeadOptions(hidden_dim=16, bottleneck_dim=12, layers=2, batch_norm=batch_norm, prototypes=prototypes, norm_last_layer=False)
     return head.attach(backbone, regions=regions)
 
 

@@ -145,11 +145,14 @@ def updated_center(
 ) -> Tensor:
     """The centre's moving average over the teacher's logits of one step and of all ranks: W' applied to the mean embedding.
 
-    center (1, K); embeddings: tensors (..., E), whose rows count alike; prototypes (K, E), the teacher's. Where the 0-d
-    tensor `finite` is 0 the centre stays as it is, whatever the embeddings hold; the decision stays on the device.
+    center (1, K); embeddings: tensors (..., E), whose rows count alike; prototypes (K, E), the teacher's, perhaps in shares. Where
+    the 0-d tensor `finite` is 0 the centre stays as it is, whatever the embeddings hold; the decision stays on the device.
     """
     with torch.autocast(center.device.type, enabled=False):
         rows = torch.cat([embedding.flatten(0, -2).to(prototypes.dtype) for embedding in embeddings])
-        batch_center = distributed.mean(rows.mean(dim=0)) @ prototypes.T
+        (matrix,) = distributed.shares([prototypes])
+        batch_center = distributed.mean(rows.mean(dim=0)) @ matrix.T
+        if distributed.is_sharded(prototypes):
+            batch_center = distributed.joined(batch_center)
         center_now = center * momentum + batch_center.to(center.dtype) * (1 - momentum)
         return center_now if finite is None else torch.where(finite.bool(), center_now, center)

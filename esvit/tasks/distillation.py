@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
@@ -98,7 +98,9 @@ class Distillation:
         self.mixing = mixing
         self.phase = phase
         self._is_sharded = sharding.is_sharded(network)
-        self.student = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
+        self.student: nn.Module = network
+        if not self._is_sharded:
+            self.student = distributed.over_ranks(network, device=runtime.device, deterministic=runtime.deterministic)
 
     def step(self, micro_batches: Iterable[list[Tensor]], now: StepValues, *, sound: Tensor, rng: np.random.Generator) -> StepResult:
         """Update everything once.

@@ -39,7 +39,7 @@ from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions, MultiCropNetwork
 from esvit.optimizers import LARS, SGD, AdamW
 from esvit.published import load_networks, read_networks
-from esvit.records import Views
+from esvit.records import PrototypeWeights, Views
 from esvit.run_folder import RunFolder, write_atomically
 from esvit.runtime import Runtime, warn_of_thread_change
 from esvit.schedules import Schedules, scaled_learning_rate
@@ -72,6 +72,7 @@ class Pretrain:
     recompute           of the student's backbone: "mlp", "attention" or "blocks" are computed twice instead of kept, or "none"
     compile             let torch.compile make graphs of the blocks of both backbones
     sharding            "none", or "fsdp" or "hsdp": student and teacher in shares, see sharding.py
+    shard_prototypes    each process keeps its share of the prototypes only
     log_every           optimizer steps between log records
     health_every        optimizer steps between signs of health; 0 means never
     checkpoint_every    optimizer steps between checkpoints, of which `checkpoint_keep` are kept
@@ -104,6 +105,7 @@ class Pretrain:
     recompute: str
     compile: bool
     sharding: str
+    shard_prototypes: bool
     log_every: int
     health_every: int
     checkpoint_every: int
@@ -141,9 +143,11 @@ class Pretrain:
         ):
             if value < least:
                 raise OptionError(option, f"{value} is too small", f"use {least} or more")
-        if self.checkpoint_shares and self.sharding == sharding.NONE:
+        if self.checkpoint_shares and self.sharding == sharding.NONE and not self.shard_prototypes:
             found = "needs student and teacher in shares, and task.sharding is none"
-            raise OptionError("task.checkpoint_shares", found, "use task.sharding=fsdp (or hsdp), or leave it false")
+            raise OptionError(
+                "task.checkpoint_shares", found, "use task.sharding=fsdp (or hsdp) or task.shard_prototypes=true, or leave it false"
+            )
         if self.start_epoch >= self.epochs:
             found = f"{self.start_epoch} is not before the end of epochs={self.epochs}"
             raise OptionError("start_epoch", found, "use a smaller one, or more epochs")
@@ -198,6 +202,10 @@ class _Run:
             precision=runtime.precision,
             world_size=runtime.world_size,
         )
+        if task.shard_prototypes:
+            sharding.check_prototypes(
+                prototypes=task.head.prototypes, optimizer=task.optimizer, precision=runtime.precision, world_size=runtime.world_size
+            )
         task.loss.setup(prototypes=task.head.prototypes)
         task.loss.to(runtime.device)
         task.loss.choose_kernel(device=runtime.device, precision=runtime.precision, width=task.head.bottleneck_dim)
@@ -205,6 +213,8 @@ class _Run:
         self.beginning = "" if has_checkpoint(runtime.folder) else self._begin(network, teacher.network)
         self.spare = copy.deepcopy(network).cpu() if sharding.is_on(task.sharding) else None
         sharding.shard(network, teacher, sharding=task.sharding, device=runtime.device)
+        if task.shard_prototypes:
+            sharding.shard_prototypes(network, teacher, device=runtime.device)
         self.distillation = Distillation(
             network=network,
             loss=task.loss,
@@ -358,8 +368,8 @@ class _Run:
         signs = health_signs(
             student_outputs=result.student_outputs,
             teacher_outputs=result.teacher_outputs,
-            student_prototypes=result.student_prototypes,
-            teacher_prototypes=result.teacher_prototypes,
+            student_prototypes=_whole(result.student_prototypes),
+            teacher_prototypes=_whole(result.teacher_prototypes),
             center=self.task.loss.center,
             student_temperature=self.task.loss.student_temperature,
             teacher_temperature=temperature,
@@ -582,6 +592,7 @@ class _Run:
             accumulation=self.accumulation,
             prototypes=self.task.head.prototypes,
             prototype_matrices=2 if self.task.loss.needs_regions else 1,
+            prototype_shares=self.runtime.world_size if self.task.shard_prototypes else 1,
             bottleneck_dim=self.task.head.bottleneck_dim,
             start=start,
             stop=self.stop,
@@ -620,6 +631,11 @@ class _Run:
         self.tracker.final(metrics, self.stop)  # metrics.json, which makes the run a finished one
         for line in table(metrics, folder=self.runtime.folder, report=report, view_command=self.tracker.view_command):
             self.progress.say(line)
+
+
+def _whole(prototypes: PrototypeWeights) -> PrototypeWeights:
+    """Those of views, whole on every rank even where each has a share; those of regions are left out."""
+    return PrototypeWeights(view=distributed.whole(prototypes.view), region=None)
 
 
 def _mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Student and teacher spread over the ranks, block by block: for backbones that with gradients and moments fill a GPU (FSDP2).
 
 Each rank keeps a share of every weight, its gradient, moments and average, and borrows the rest of a block while the block works.
-Unusual: the prototypes stay whole on every rank, because the loss uses them outside of the network's forward pass; their gradient is
-averaged here. Gradients go over the ranks once a step, in the last pass, as without sharding; until then they are whole on each rank.
+Unusual: the prototypes are apart, because the loss uses them outside of the network's forward pass. They stay whole on every rank, and
+their gradient is averaged here, or by an option of their own each rank keeps some of them for good and never sees the others. Gradients
+go over the ranks once a step, in the last pass, as without sharding; until then they are whole on each rank.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from esvit.teacher import Teacher
 
 NONE, FSDP, HSDP = "none", "fsdp", "hsdp"
 OPTION = "task.sharding"
+PROTOTYPES_OPTION = "task.shard_prototypes"
 
 
 def is_on(sharding: str) -> bool:
@@ -34,16 +36,28 @@ def check(*, network: MultiCropNetwork, optimizer: object, sharding: str, precis
     """Raises OptionError for what cannot be combined with sharding."""
     if sharding == NONE:
         return
-    if precision == "fp16":
-        raise OptionError("precision", f"the loss scale of fp16 knows no gradients in shares, which {OPTION}={sharding} makes", "use bf16")
-    if not isinstance(optimizer, AdamW):
-        raise OptionError("optimizer", f"only AdamW takes weights in shares, which {OPTION}={sharding} makes", "use optimizer=adamw")
+    _check_that_shares_are_taken(f"{OPTION}={sharding}", optimizer, precision)
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise OptionError(OPTION, f"'{sharding}' needs a network without batch norm", f"use {OPTION}=none, or another backbone or head")
     machine = _processes_of_a_machine(world_size)
     if sharding == HSDP and world_size % machine:
         found = f"'hsdp' needs as many processes on every machine, there are {world_size} with {machine} on this one"
         raise OptionError(OPTION, found, f"use {OPTION}=fsdp, or the same number everywhere")
+
+
+def check_prototypes(*, prototypes: int, optimizer: object, precision: str, world_size: int) -> None:
+    """Raises OptionError for what cannot be combined with prototypes in shares."""
+    _check_that_shares_are_taken(f"{PROTOTYPES_OPTION}=true", optimizer, precision)
+    if prototypes % world_size:
+        found = f"{prototypes} cannot be divided among {world_size} processes, as {PROTOTYPES_OPTION}=true asks"
+        raise OptionError("head.prototypes", found, f"use {prototypes - prototypes % world_size or world_size} for example")
+
+
+def _check_that_shares_are_taken(made_by: str, optimizer: object, precision: str) -> None:
+    if precision == "fp16":
+        raise OptionError("precision", f"the loss scale of fp16 knows no gradients in shares, which {made_by} makes", "use bf16")
+    if not isinstance(optimizer, AdamW):
+        raise OptionError("optimizer", f"only AdamW takes weights in shares, which {made_by} makes", "use optimizer=adamw")
 
 
 def shard(student: MultiCropNetwork, teacher: Teacher, *, sharding: str, device: torch.device) -> None:
@@ -68,6 +82,26 @@ def shard(student: MultiCropNetwork, teacher: Teacher, *, sharding: str, device:
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
         for part in _parts(network):  # what is in no block; in the student it is needed again at once, by the backward pass
             fully_shard(part, mesh=mesh, reshard_after_forward=not has_backward, ignored_params=empty)
+
+
+def shard_prototypes(student: MultiCropNetwork, teacher: Teacher, *, device: torch.device) -> None:
+    """Give each rank K / n rows of all prototypes: their weights, hence their gradient, moments and average. The loss (losses/sharded.py)
+    sends the embeddings of all ranks to them.
+
+    To be called before the optimizer is made, and with the same weights on every rank. With one process nothing is done.
+    """
+    if distributed.world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh(device.type, (distributed.world_size(),), mesh_dim_names=("prototypes",))
+    for network in (student, teacher.network):
+        for prototypes in [each for each in (network.view_prototypes, network.region_prototypes) if each is not None]:
+            for name, parameter in list(prototypes.named_parameters()):
+                own = distributed.own_part(parameter.detach(), dim=0).clone()  # a part would keep the whole alive
+                spread = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+                prototypes.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
 
 
 def blocks(backbone: Backbone) -> list[nn.Module]:
@@ -99,9 +133,9 @@ def average_whole_gradients(network: MultiCropNetwork) -> None:
             parameter.grad.div_(distributed.world_size())
 
 
-def is_sharded(network: nn.Module) -> bool:
+def is_sharded(network: MultiCropNetwork) -> bool:
     """Whether `shard` has spread it."""
-    return any(distributed.is_sharded(parameter) for parameter in network.parameters())
+    return any(distributed.is_sharded(parameter) for part in _parts(network) for parameter in part.parameters())
 
 
 @contextlib.contextmanager

@@ -3,11 +3,14 @@
 The processes are forked from one that has imported everything, started once for this module.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
 import socket
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +55,31 @@ TABLE = torch.arange(29 * 3.0).view(29, 3)
 
 
 class Trial:
-    """A student in shares, or not, with all that a step needs; the same weights at every start. norms: of the gradients of each step."""
+    """A student in shares, or not, with all that a step needs; the same weights at every start.
+
+    loss_values, norms  of this rank, and of the gradients, in each step
+    gradients           whole, as the optimizer found them in the first step
+    """
 
     def __init__(
-        self, *, kind: str = "none", accumulation: int = 1, optimizer: AdamW = EACH_CLIPPED, recompute: str = "none", compiled: bool = False
+        self,
+        *,
+        kind: str = "none",
+        shard_prototypes: bool = False,
+        prototypes: int = PROTOTYPES,
+        accumulation: int = 1,
+        optimizer: AdamW = EACH_CLIPPED,
+        recompute: str = "none",
+        compiled: bool = False,
     ):
         runtime = Runtime(device="cpu", precision="fp32", seed=0, deterministic=None, threads=1, timeout_minutes=1.0, stall_minutes=0)
-        self.network = make_network()
+        self.network = make_network(prototypes=prototypes)
         teacher = Teacher(self.network)
         sharding.shard(self.network, teacher, sharding=kind, device=torch.device("cpu"))
+        if shard_prototypes:
+            sharding.shard_prototypes(self.network, teacher, device=torch.device("cpu"))
         self.loss = ViewRegionLoss(student_temperature=0.1, center_momentum=0.9, view_weight=0.5, region_weight=0.5, kernel="auto")
-        self.loss.setup(prototypes=PROTOTYPES)
+        self.loss.setup(prototypes=prototypes)
         self.distillation = Distillation(
             network=self.network,
             loss=self.loss,
@@ -73,20 +90,35 @@ class Trial:
             parts=2,
             mixing=None,
             teacher=teacher,
+            phase=self._phase,
         )
         self.network.backbone.recompute(recompute)
         if compiled:
             for each in (self.network, teacher.network):
                 each.backbone.compile_blocks("eager")
+        self.loss_values: list[float] = []
         self.norms: list[float] = []
+        self.gradients: State = {}
 
-    def steps(self, *, rank: int = 0, ranks: int = 1, micro_batches: int = 1, sound: bool = True) -> "Trial":
-        for seed in range(STEPS):
+    def steps(
+        self, *, rank: int = 0, ranks: int = 1, micro_batches: int = 1, sound: bool = True, count: int = STEPS, frozen: int = 0
+    ) -> "Trial":
+        """frozen: in how many of the first steps the prototypes stay."""
+        for seed in range(count):
+            now = replace(NOW, last_layer_frozen=seed < frozen)
             mine = part(make_crops(images=IMAGES, seed=seed), rank, ranks)
             batches = [part(mine, number, micro_batches) for number in range(micro_batches)]
-            result = self.distillation.step(batches, NOW, sound=torch.tensor(sound), rng=np.random.default_rng(0))
+            result = self.distillation.step(batches, now, sound=torch.tensor(sound), rng=np.random.default_rng(0))
+            self.loss_values.append(float(result.terms.total))
             self.norms.append(float(result.gradient_norm))
         return self
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        if name == "optimizer" and not self.gradients:
+            found = {name: each.grad for name, each in self.network.named_parameters() if each.grad is not None}
+            self.gradients = {name: distributed.whole(gradient).clone() for name, gradient in found.items()}
+        yield
 
     def everything(self) -> State:
         """All that training changes: student, teacher, centres, moments; and the gradients' norms. Whole on rank 0."""
@@ -142,13 +174,13 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}_of_{ranks}.pt")
 
 
-def resumed(trial: Trial, *, kind: str, folder: Path) -> State:
-    """All that a fresh trial has that took a checkpoint of `trial`, which rank 0 wrote."""
+def resumed(trial: Trial, *, folder: Path, **kind: Any) -> State:
+    """All that a fresh trial of that kind has that took a checkpoint of `trial`, which rank 0 wrote."""
     state = distributed.gathered(trial.distillation.state_dict(), everywhere=False)
     if distributed.rank() == 0:
         CheckpointFolder(folder, keep=1).save(state, STEPS)
     distributed.barrier()
-    return with_state(Trial(kind=kind), load_checkpoint_file(folder / LATEST), norms=trial.norms)
+    return with_state(Trial(**kind), load_checkpoint_file(folder / LATEST), norms=trial.norms)
 
 
 def with_state(fresh: Trial, loaded: dict[str, Any], *, norms: list[float]) -> State:

@@ -61,6 +61,7 @@ class Pretrain:
     )  # the student's mlp, attention or blocks are computed twice, to keep less memory; none: all is kept
     compile: bool = False  # torch.compile for the blocks of both backbones: minutes at the start, faster steps on a GPU
     sharding: Sharding = Sharding.none  # fsdp: each process keeps a share of weights, moments and teacher; hsdp: of one machine; AdamW
+    shard_prototypes: bool = False  # each process keeps its share of the prototypes only: from 131,072 of them on; AdamW, no fp16
     log_every: int = 10  # optimizer steps between log records (the only times the host waits for the device)
     health_every: int = 100  # optimizer steps between label-free signs of health; 0 means never
     checkpoint_keep: int = 2  # how many checkpoint_<step>.pt to keep
