@@ -143,13 +143,14 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     found = torch.stack(list(torch._foreach_norm(shares(tensors))))
     spreads = [spread(tensor) for tensor in tensors]
     for each in dict.fromkeys(each for each in spreads if each is not None):
-        members = torch.tensor([other == each for other in spreads]).to(found.device)
-        example = tensors[spreads.index(each)]
+        places = [number for number, other in enumerate(spreads) if other == each]
+        members = torch.tensor(places).to(found.device)
+        example = tensors[places[0]]
         assert is_sharded(example)
         (dimension,) = (number for number, placement in enumerate(example.placements) if placement.is_shard())
-        squares = torch.where(members, found.square(), 0.0)
+        squares = found[members].square()
         dist.all_reduce(squares, group=example.device_mesh.get_group(dimension))
-        found = torch.where(members, squares.sqrt(), found)
+        found = found.index_copy(0, members, squares.sqrt())
     return found
 
 

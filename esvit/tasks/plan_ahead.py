@@ -6,14 +6,15 @@ Letters: B images of one micro-batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from esvit.errors import OptionError
 from esvit.schedules import Schedules, scaled_learning_rate
-from esvit.tasks.plan_ranks import Traffic, efficiency_lines
+from esvit.tasks import sharding
+from esvit.tasks.plan_ranks import Traffic, efficiency_lines, messages_of_step, rows_of_step
 from esvit.tasks.plan_step import StepCost, count_step
 from esvit.tasks.pretrain import BACKGROUND, Pretrain
 from esvit.tasks.throughput import table_row
@@ -95,7 +96,7 @@ def plan_ahead(make_task: Callable[[], Pretrain], around: Surroundings) -> list[
     )
     cost = count_step(task, batch_size=task.data.batch_size, precision=around.precision)
     ways = {"none": 1, "fsdp": around.processes, "hsdp": min(_GPUS_OF_A_MACHINE, around.processes)}[task.sharding]
-    in_shares = cost.in_shares(ways)
+    in_shares = _with_prototypes_in_shares(make_task, cost, around).in_shares(ways)
     keeps_gradients = around.processes > 1 or task.accumulation > 1
     stop = min(schedules.total_steps, task.max_steps or schedules.total_steps)
     first = task.start_epoch * schedules.steps_per_epoch
@@ -166,15 +167,31 @@ def _memory(task: Pretrain, cost: StepCost, around: Surroundings, keeps_gradient
         f"weights {cost.weights / 1e9:.2f}, optimizer {cost.moments / 1e9:.2f}, gradients {cost.gradients / 1e9:.2f}"
         f"{'' if keeps_gradients else ' (some after the activations)'}, activations {cost.activations / 1e9:.2f}",
         f"               and what CUDA and NCCL keep for themselves, {_RESERVED_BYTES / 1e9} GB assumed",
-        *_of_shares(task),
+        *_of_shares(task, around),
     ]
 
 
-def _of_shares(task: Pretrain) -> list[str]:
+def _of_shares(task: Pretrain, around: Surroundings) -> list[str]:
+    lines = []
+    if task.shard_prototypes and around.processes > 1:
+        lines = [f"               with {task.head.prototypes // around.processes} of the prototypes on each (task.shard_prototypes)"]
     if task.sharding == "none":
-        return []
+        return lines
     machine = f", machines of {_GPUS_OF_A_MACHINE} GPUs assumed" if task.sharding == "hsdp" else ""
-    return [f"               with student, teacher and optimizer in shares (task.sharding={task.sharding}{machine})"]
+    return [*lines, f"               with student, teacher and optimizer in shares (task.sharding={task.sharding}{machine})"]
+
+
+def _with_prototypes_in_shares(make_task: Callable[[], Pretrain], cost: StepCost, around: Surroundings) -> StepCost:
+    """`cost`, where each process has all prototypes, if they are not asked to be in shares."""
+    with torch.device("meta"):
+        task = make_task()  # anew: a count leaves its marks on the parts
+    if not task.shard_prototypes or around.processes == 1:
+        return cost
+    count, ways = task.head.prototypes, around.processes
+    sharding.check_prototypes(prototypes=count, optimizer=task.optimizer, precision=around.precision, world_size=ways)
+    head = replace(task.head, prototypes=count // ways)
+    share = count_step(replace(task, head=head), batch_size=task.data.batch_size, precision=around.precision)
+    return cost.with_prototypes_in_shares(share, ways, width=head.bottleneck_dim)
 
 
 def _disk(task: Pretrain, cost: StepCost) -> list[str]:
@@ -238,12 +255,20 @@ def _communication(task: Pretrain, cost: StepCost, around: Surroundings) -> list
     seconds, basis = 2 * cost.flops / rate, f"{gpu.name} at {share:.0%} of its peak, assumed"
     if around.images_per_second is not None:
         seconds, basis = batch / around.images_per_second, "as given"
-    heads = 2 if task.loss.needs_regions else 1
-    traffic = Traffic(
-        gradients=cost.early_gradients,
-        prototypes=cost.gradients - cost.early_gradients,
-        centres=heads * (4 * task.head.bottleneck_dim,),
-    )
+    width, prototypes = task.head.bottleneck_dim, cost.gradients - cost.early_gradients
+    traffic = Traffic(gradients=cost.early_gradients, prototypes=prototypes, centres=len(cost.rows) * (4 * width,))
+    if task.shard_prototypes:
+        numbers, passes = 2 if around.precision == "bf16" else 4, len(cost.passes)
+        messages = sum(messages_of_step(rows, passes=passes, prototypes=task.head.prototypes) for rows in cost.rows)
+        traffic = replace(
+            traffic,
+            prototypes=0,
+            rows=task.accumulation * sum(rows_of_step(rows, width=width, product_bytes=numbers) for rows in cost.rows),
+            logsumexps=task.accumulation * sum(4 * (rows.students + rows.teachers) for rows in cost.rows),
+            messages=task.accumulation * messages,
+            norms=4 * len(cost.rows) * (1 if task.head.norm_last_layer else 2),
+            logits=4 * len(cost.rows) * task.head.prototypes,
+        )
     return [
         *([""] if task.sharding == "none" else ["", f"with task.sharding=none; {task.sharding} sends more, and is not modelled:"]),
         *efficiency_lines(

@@ -10,6 +10,7 @@ Letters: B images of one micro-batch.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from esvit.records import NetworkOutput
+from esvit.tasks.plan_ranks import HeadRows
 from esvit.tasks.pretrain import Pretrain
 from esvit.tasks.throughput import LiveTensors
 from esvit.teacher import Teacher
@@ -43,6 +46,7 @@ class StepCost:
     passes       everything else that is alive when it is most, in each pass of the student: the batch and the loss's chunks too
     flops        multiply-adds of teacher, student (three times its forward pass) and loss
     last_flops   of these, the last pass of backward
+    rows         embeddings of each head
     """
 
     parameters: int
@@ -55,6 +59,7 @@ class StepCost:
     passes: tuple[int, ...]
     flops: int
     last_flops: int
+    rows: tuple[HeadRows, ...]
 
     @property
     def activations(self) -> int:
@@ -78,6 +83,23 @@ class StepCost:
         """
         spared = 2 * self.early_gradients * (ways - 1) // ways
         return replace(self, weights=self.weights - spared, moments=self.moments - spared)
+
+    def with_prototypes_in_shares(self, share: "StepCost", ways: int, *, width: int) -> "StepCost":
+        """Of a process that has one of so many shares of the prototypes, and gets the rows of all the others. width: of an embedding.
+
+        share  the cost if these prototypes were all
+
+        Rows are in memory as embeddings, the student's with their gradients; the student's of one pass at a time.
+        """
+        numbers = sum(rows.teachers + 2 * math.ceil(rows.students / len(self.passes)) for rows in self.rows)
+        everyones = 4 * width * (ways - 1) * numbers
+        return replace(
+            self,
+            weights=share.weights,
+            gradients=share.gradients,
+            moments=share.moments,
+            passes=tuple(each + everyones for each in share.passes),
+        )
 
     def checkpoint(self) -> int:
         """Of one file."""
@@ -115,12 +137,15 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
             loss = task.loss.against(targets, network.prototypes(), teacher_prototypes, 0.04, crops=len(crops))
             mixed, mixing = task.mixing(crops, np.random.default_rng(0)) if task.mixing.is_on else (crops, None)
             student_flops, last_flops, peaks = 0, 0, []
+            rows = _rows(targets)
+            student_rows = [0] * len(rows)
             for group in network.passes(mixed, parts=task.parts):
                 before = flops.total
                 outputs = network(mixed[group])
                 last_flops = flops.total - before
                 student_flops += last_flops
                 terms = loss.terms(outputs, group, mixing)
+                student_rows = [before + more for before, more in zip(student_rows, _rows(outputs), strict=True)]
                 del outputs, terms
                 peaks.append(live.peak - weights_and_moments)
                 live.peak = live.now
@@ -136,8 +161,16 @@ def count_step(task: Pretrain, *, batch_size: int, precision: str, device: torch
         early_gradients=_bytes([each for each in trained if id(each) not in prototypes]),
         passes=tuple(peaks),
         flops=(teacher_flops + 3 * student_flops + loss_flops) // 2,
+        rows=tuple(HeadRows(students=ours, teachers=theirs) for ours, theirs in zip(student_rows, rows, strict=True)),
         last_flops=last_flops,  # twice a forward pass, of two operations for a multiply-add
     )
+
+
+def _rows(outputs: list[NetworkOutput]) -> list[int]:
+    """Embeddings of each head."""
+    views = sum(len(output.view) for output in outputs)
+    regions = sum(output.region.shape[0] * output.region.shape[1] for output in outputs if output.region is not None)
+    return [views, regions] if regions else [views]
 
 
 def _bytes(tensors: list[Any]) -> int:

@@ -1,6 +1,7 @@
 """plan=true: what it counts against real steps and formulas, what it prints, and that it needs no data and writes nothing."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from esvit.records import StepValues
 from esvit.runtime import Runtime
 from esvit.tasks.distillation import Distillation
 from esvit.tasks.plan_ahead import GPUS, Surroundings, plan_ahead
-from esvit.tasks.plan_ranks import BUCKET_BYTES, Link, Traffic, seconds_of_step
+from esvit.tasks.plan_ranks import BUCKET_BYTES, HeadRows, Link, Traffic, rows_of_step, seconds_of_step
 from esvit.tasks.plan_step import count_step
 from esvit.tasks.throughput import LiveTensors, add_row, flops
 from run import build
@@ -119,6 +120,40 @@ def test_shares_divide_student_teacher_and_moments(options):
     words = "launcher=gpus", "launcher.processes=4", "planning.images=1000"
     assert "in shares (task.sharding=fsdp)" in plan(options(*words, "task.sharding=fsdp"))
     assert "in shares" not in plan(options(*words))
+
+
+def test_prototypes_in_shares_spare_memory_and_send_rows_instead(options):
+    """Of 4 processes each has 25 of 100 prototypes, and the rows of all: 5 crops of 4 images, of which the teacher sees 2."""
+    words = "loss=view", "launcher=gpus", "launcher.processes=4", "planning.images=1000", "planning.images_per_second=100"
+    given = options(*words, "task.shard_prototypes=true")
+    whole, fourth = count_step(on_meta(given), batch_size=4, precision="fp32"), on_meta(given)
+    fourth.head = replace(fourth.head, prototypes=25)
+    share = count_step(fourth, batch_size=4, precision="fp32")
+    shared = whole.with_prototypes_in_shares(share, 4, width=16)
+    assert whole.moments - shared.moments == 2 * 4 * 75 * 16
+    assert whole.gradients - shared.gradients == 4 * 75 * 16
+    assert shared.flops == whole.flops
+    assert shared.passes == tuple(each + 4 * 16 * 3 * (8 + 2 * 5) for each in share.passes)  # 20 student rows in four passes
+    (rows,) = whole.rows
+    assert rows == HeadRows(students=20, teachers=8)
+    row_bytes = rows_of_step(rows, width=16, product_bytes=4)
+    assert row_bytes == 20 * (16 * 4 + 4 + 16 * 4) + 8 * (2 * 16 * 4 + 16 * 4)
+    text = plan(given)
+    assert "with 25 of the prototypes on each" in text
+    assert f"{row_bytes / 1e6:.1f} MB of rows" in text
+    assert "of the prototypes 0.0" in text
+    assert "MB of rows" not in plan(options(*words))
+    with pytest.raises(OptionError, match="100 cannot be divided among 3 processes"):
+        plan(options("task.shard_prototypes=true", "launcher=gpus", "launcher.processes=3", "planning.images=1000"))
+
+
+def test_rows_that_go_to_every_rank_take_longer_with_more_of_them():
+    """10 MB in 3 messages from each of 4 ranks to the other 3, by a link of 1 GB/s, of which 0.8 are used; 1 MB of logsumexps is 4."""
+    link = Link("slow", 1.0, 0.001)
+    assert link.all_gather(10_000_000, 4, messages=3) == pytest.approx(3 * 0.0125 + 3 * 3 * 0.001)
+    traffic = Traffic(gradients=0, prototypes=0, centres=(0,), flag=0, rows=6_000_000, logsumexps=1_000_000, messages=3)
+    others = 5 * 6 * 0.001 + 3 * 0.001  # hops of gradients, prototypes, centre, flag and norms, all-reduced; of logits, gathered
+    assert seconds_of_step(compute=1.0, last_backward=0.1, traffic=traffic, link=link, ranks=4) == pytest.approx(1.0465 + others)
 
 
 def test_a_plan_for_several_gpus_tells_what_they_send(options):

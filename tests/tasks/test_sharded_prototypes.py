@@ -24,10 +24,11 @@ from esvit.optimizers import SGD
 from esvit.records import NetworkOutput, PrototypeWeights
 from esvit.runtime import Runtime
 from esvit.tasks import sharding
+from esvit.tasks.plan_ranks import HeadRows, Traffic, rows_of_step
 from esvit.teacher import Teacher
 from tests.losses.outputs import Batch
 from tests.losses.test_losses import view_loss, view_region_loss
-from tests.tasks.test_sharding import ALL_CLIPPED, EACH_CLIPPED, EMBEDDING, Trial, Wire, assert_close, resumed
+from tests.tasks.test_sharding import ALL_CLIPPED, EACH_CLIPPED, EMBEDDING, HEADS, IMAGES, Trial, Wire, assert_close, resumed
 from tests.test_networks import State, make_network, relative_distance
 
 PROTOTYPES = 32
@@ -235,6 +236,30 @@ def test_a_rank_holds_its_share(found: dict[int, list[dict[str, Any]]]):
     for ranks, trials in TRIALS.items():
         for name in trials:
             assert {rank[f"{name} share"] for rank in found[ranks]} == {PROTOTYPES // ranks * (EMBEDDING + 1)}
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, "none"), (2, "accumulated"), (4, "none")])
+def test_the_bytes_on_the_wire_are_those_of_the_model(ranks: int, name: str, found: dict[int, list[dict[str, Any]]]):
+    """Crops of 32 and 16 pixels have 16 and 4 regions; two of five are the teacher's."""
+    images = IMAGES // ranks
+    views, regions = HeadRows(students=5 * images, teachers=2 * images), HeadRows(students=44 * images, teachers=32 * images)
+    rows = sum(rows_of_step(each, width=EMBEDDING, product_bytes=4) for each in (views, regions))
+    prototypes = 4 * HEADS * PROTOTYPES * (EMBEDDING + 1)
+    gradients = 4 * sum(each.numel() for each in make_network(prototypes=PROTOTYPES).parameters()) - prototypes
+    traffic = Traffic(
+        gradients=gradients if ranks == 2 else 0,  # a deterministic run of more than two gathers them instead
+        prototypes=0,
+        centres=HEADS * (4 * EMBEDDING,),
+        rows=rows,
+        logsumexps=4 * sum(each.students + each.teachers for each in (views, regions)),
+        norms=4 * 2 * HEADS,
+        logits=4 * HEADS * PROTOTYPES,
+    )
+    wire = found[ranks][0][f"{name} wire"]
+    assert wire["allreduce"] == STEPS * traffic.total
+    assert wire["allgather_base"] + wire["reduce_scatter_base"] == STEPS * (
+        ranks * (traffic.rows + ranks * traffic.logsumexps) + traffic.logits
+    )
 
 
 @pytest.mark.parametrize(
