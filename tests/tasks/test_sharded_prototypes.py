@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from esvit.teacher import Teacher
 from tests.losses.outputs import Batch
 from tests.losses.test_losses import view_loss, view_region_loss
 from tests.tasks.test_sharding import ALL_CLIPPED, EACH_CLIPPED, EMBEDDING, HEADS, IMAGES, Trial, Wire, assert_close, resumed
-from tests.test_networks import State, make_network, relative_distance
+from tests.test_networks import NOW, State, make_crops, make_network, part, relative_distance
 
 PROTOTYPES = 32
 STEPS = 3
@@ -72,12 +73,22 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
             before = trial(shard_prototypes=True)
             masked = trial(shard_prototypes=True).steps(rank=rank, ranks=ranks, sound=False)
             found["masked"] = [before.everything(), masked.everything()]
+            found["bad"] = run_into_a_bad_pixel(rank)
             whole = trial().steps(rank=rank, ranks=ranks)
             found["whole"] = whole.everything()
             found["from shares"] = resumed(trials["none"], folder=folder / "from", prototypes=PROTOTYPES)
             found["to shares"] = resumed(whole, folder=folder / "to", prototypes=PROTOTYPES, shard_prototypes=True)
             found["to all shares"] = resumed(whole, folder=folder / "all", prototypes=PROTOTYPES, shard_prototypes=True, kind="fsdp")
     torch.save(found, folder / f"{rank}_of_{ranks}.pt")
+
+
+def run_into_a_bad_pixel(rank: int) -> dict[str, Any]:
+    """A step with an infinite pixel on rank 1 alone."""
+    crops, made = part(make_crops(images=IMAGES), rank, 2), trial(shard_prototypes=True)
+    if rank == 1:
+        crops[0][0, 0, 0, 0] = float("inf")
+    result = made.distillation.step([crops], NOW, sound=torch.tensor(True), rng=np.random.default_rng(0))
+    return {"state": made.everything(), "finite": bool(result.finite), "finite here": bool(result.finite_here)}
 
 
 def answer(made: Trial) -> dict[str, Any]:
@@ -222,6 +233,13 @@ def test_several_processes_take_the_steps_of_one(ranks: int, name: str, found: d
 def test_a_masked_step_changes_no_bit_of_a_share(found: dict[int, list[dict[str, Any]]]):
     before, after = found[2][0]["masked"]
     assert all(torch.equal(after[name], value) for name, value in before.items() if name != "norms")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_masks_the_step_on_all_and_is_found_there(found: dict[int, list[dict[str, Any]]]):
+    before, _ = found[2][0]["masked"]
+    after = found[2][0]["bad"]["state"]
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "norms")
+    assert [(rank["bad"]["finite"], rank["bad"]["finite here"]) for rank in found[2]] == [(False, True), (False, False)]
 
 
 @pytest.mark.parametrize(("way", "before"), [("from shares", "none"), ("to shares", "whole"), ("to all shares", "whole")])
