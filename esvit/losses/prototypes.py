@@ -50,10 +50,7 @@ class Matching:
         make_assignments: MakeAssignments,
     ):
         device = prototypes.device.type
-        dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
-        product_dtype = dtype
-        if torch.is_autocast_enabled(device) and dtype == torch.float32:
-            product_dtype = torch.get_autocast_dtype(device)
+        dtype, product_dtype = dtypes(prototypes, teachers)
         self.dtype = dtype
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
@@ -96,6 +93,14 @@ class Matching:
 
     def _targets(self) -> Iterator[tuple[slice, Assignment]]:
         return self._assignments.blocks(self._teachers / self.teacher_temperature, self._teacher_matrix, self._shift)
+
+
+def dtypes(prototypes: Tensor, teachers: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of everything (float32, or float64), and of the matrix products: under autocast its own."""
+    dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
+    device = prototypes.device.type
+    narrow = torch.is_autocast_enabled(device) and dtype == torch.float32
+    return dtype, torch.get_autocast_dtype(device) if narrow else dtype
 
 
 class _StudentRows(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from esvit import distributed
 from esvit.losses.assignments import Assignment
 from esvit.losses.choice import MakeAssignments
+from esvit.losses.prototypes import dtypes
 
 
 class ShardedMatching:
@@ -42,10 +43,7 @@ class ShardedMatching:
         make_assignments: MakeAssignments,
     ):
         device = prototypes.device.type
-        dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
-        product_dtype = dtype
-        if torch.is_autocast_enabled(device) and dtype == torch.float32:
-            product_dtype = torch.get_autocast_dtype(device)
+        dtype, product_dtype = dtypes(prototypes, teachers)
         self.dtype = dtype
         self.student_temperature = student_temperature
         self.is_trained = prototypes.requires_grad and torch.is_grad_enabled()
