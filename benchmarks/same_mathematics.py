@@ -25,7 +25,6 @@ from torch import Tensor  # noqa: E402
 from benchmarks.pretrain_step import Parts, PhaseTimer, Variant, positive, start_runtime  # noqa: E402
 from conf.explain import mistakes_in_one_line  # noqa: E402
 
-PARTS = (1, 2, 4)
 RECOMPUTE = ("none", "mlp", "attention", "blocks")
 COMMON = [
     "augmentation.global_crops_size=96",
@@ -122,6 +121,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=4, help="local crops per image (%(default)s)")
     parser.add_argument("--steps", type=positive, default=20, help="(%(default)s)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(TOLERANCES), help="(fp32 bf16)")
+    parser.add_argument("--parts", type=positive, nargs="+", default=[1, 2, 4], help="of task.parts (1 2 4)")
     parser.add_argument("--graphs", default="both", choices=["both", "on", "off"], help="task.compile: graphs take minutes (%(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(%(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (all cores)")
@@ -133,7 +133,7 @@ def ways(arguments: argparse.Namespace) -> list[Way]:
     graphs = {"both": (False, True), "on": (True,), "off": (False,)}[arguments.graphs]
     return [
         Way(precision, parts, recompute, compiled)
-        for precision, compiled, parts, recompute in itertools.product(arguments.precision, graphs, PARTS, RECOMPUTE)
+        for precision, compiled, parts, recompute in itertools.product(arguments.precision, graphs, arguments.parts, RECOMPUTE)
     ]
 
 
