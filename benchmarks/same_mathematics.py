@@ -34,6 +34,9 @@ COMMON = [
 ]
 
 
+FIRST_SCALE = 2.0**16  # of the loss in fp16, torch's
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """How far a combination may be from the plain step in float32, each relative: a loss, and a parameter's gradient by its norm.
@@ -176,7 +179,8 @@ def course_of(kind: str, way: Way, arguments: argparse.Namespace) -> Course:
             shapes = [(arguments.batch_size, 3, size, size) for size in parts.crop_sizes]
             losses.append(float(variant.step([torch.randn(shape, generator=generator).to(runtime.device) for shape in shapes])))
     assert timer.found is not None
-    return Course(losses, timer.found)
+    scale = FIRST_SCALE if way.precision == "fp16" else 1.0
+    return Course(losses, {name: gradient / scale for name, gradient in timer.found.items()})
 
 
 def distance(ours: Course, plain: Course, tolerance: Tolerance) -> Distance:
