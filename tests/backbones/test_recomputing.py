@@ -101,7 +101,7 @@ def test_graphs_keep_as_little_as_what_they_recompute_allows():
         network.recompute(what)
         network.compile_blocks("aot_eager")
         kept[what] = bytes_kept(network)
-    assert kept["blocks"] < kept["none"] / 4
+    assert kept["blocks"] < kept["none"] / 2  # torch 2.15 keeps a ninth, 2.11 a third
 
 
 def bytes_kept(network: Backbone) -> int:
