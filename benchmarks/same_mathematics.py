@@ -1,17 +1,18 @@
 """Whether every combination of the options that change how a step is computed computes the same as the plain step, in losses and gradients.
 
-For each combination of `task.parts`, `task.recompute`, `task.compile` and `precision` a fresh student of the same weights takes the same
-steps as the plain one (benchmarks/plain, float32). Compared are the loss of every step, and the first step's gradient of every parameter
-before clipping. Drop path is off: its draws depend on the order in which crops pass.
+For each combination of `task.parts`, `task.recompute`, `task.compile`, `precision` and, on a GPU, `loss.kernel`, a fresh student of the
+same weights takes the same steps as the plain one (benchmarks/plain, float32). Compared are the loss of every step, and the first step's
+gradient of every parameter before clipping. Drop path is off: its draws depend on the order in which crops pass.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ COMMON = [
 ]
 
 
+WIDTHS = (11, 7, 11, 9, 9)  # of the printed columns
 FIRST_SCALE = 2.0**16  # of the loss in fp16, torch's
 
 
@@ -64,10 +66,19 @@ class Way:
     parts: int
     recompute: str
     compile: bool
+    kernel: str
 
     @property
     def overrides(self) -> list[str]:
-        return [f"task.parts={self.parts}", f"task.recompute={self.recompute}", f"task.compile={str(self.compile).lower()}"]
+        return [
+            f"task.parts={self.parts}",
+            f"task.recompute={self.recompute}",
+            f"task.compile={str(self.compile).lower()}",
+            f"loss.kernel={self.kernel}",
+        ]
+
+
+PLAINEST = Way("fp32", 1, "none", False, "chunked")
 
 
 @dataclass(frozen=True)
@@ -134,35 +145,46 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def ways(arguments: argparse.Namespace) -> list[Way]:
     graphs = {"both": (False, True), "on": (True,), "off": (False,)}[arguments.graphs]
+    has_gpu = arguments.device != "cpu" and torch.cuda.is_available()
     return [
-        Way(precision, parts, recompute, compiled)
-        for precision, compiled, parts, recompute in itertools.product(arguments.precision, graphs, arguments.parts, RECOMPUTE)
+        Way(precision, parts, recompute, compiled, kernel)
+        for precision, compiled in itertools.product(arguments.precision, graphs)
+        for kernel in (("chunked", "fused") if has_gpu and precision != "fp32" else ("chunked",))
+        for parts, recompute in itertools.product(arguments.parts, RECOMPUTE)
     ]
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    plain = course_of("plain", Way("fp32", 1, "none", False), arguments)
+    plain = course_of("plain", PLAINEST, arguments)
     print(f"plain, fp32: loss {plain.losses[0]:.6f} in the first step, {plain.losses[-1]:.6f} in step {len(plain.losses)}")
-    print(f"{'precision':<11}{'parts':<7}{'recompute':<11}{'compile':<9}{'loss':>9}{'gradient':>10}  of parameter")
+    print(f"{'precision':<11}{'parts':<7}{'recompute':<11}{'compile':<9}{'kernel':<9}{'loss':>9}{'gradient':>10}  of parameter")
     rows = []
     for way in ways(arguments):
         away = distance(course_of("product", way, arguments), plain, TOLERANCES[way.precision])
         is_same = away.loss <= TOLERANCES[way.precision].loss and away.gradient_share <= 1
         rows.append(asdict(way) | asdict(away) | {"same": is_same})
-        verdict = "" if is_same else "  TOO FAR"
-        print(
-            f"{way.precision:<11}{way.parts:<7}{way.recompute:<11}{str(way.compile).lower():<9}"
-            f"{away.loss:>9.1e}{away.gradient:>10.1e}  {away.parameter}{verdict}",
-            flush=True,
-        )
+        words = [way.precision, way.parts, way.recompute, str(way.compile).lower(), way.kernel]
+        print(line(words, away) + ("" if is_same else "  TOO FAR"), flush=True)
+    rounding = {}
+    for precision in arguments.precision:
+        if precision != "fp32":
+            away = distance(course_of("plain", dataclasses.replace(PLAINEST, precision=precision), arguments), plain, TOLERANCES[precision])
+            rounding[precision] = asdict(away)
+            print(line([precision, "the plain step itself", "", "", ""], away), flush=True)
     return {
         "options": {name: value for name, value in vars(arguments).items() if name != "json"},
         "torch": torch.__version__,
         "plain_losses": plain.losses,
         "tolerances": {name: asdict(tolerance) for name, tolerance in TOLERANCES.items()},
         "ways": rows,
+        "plain_in_precision": rounding,
         "same": all(row["same"] for row in rows),
     }
+
+
+def line(words: Sequence[object], away: Distance) -> str:
+    cells = "".join(f"{word!s:<{width}}" for word, width in zip(words, WIDTHS, strict=True))
+    return f"{cells:<{sum(WIDTHS)}}{away.loss:>9.1e}{away.gradient:>10.1e}  {away.parameter}"
 
 
 def course_of(kind: str, way: Way, arguments: argparse.Namespace) -> Course:
