@@ -1,7 +1,7 @@
 """Vision Longformer (Zhang et al. 2021, "Multi-scale vision longformer") as EsViT trains it: sliding chunks, then full attention.
 
-Letters: B images, R x Q rows and columns of a map, N = R * Q, g global tokens of a stage, d width, w side of a chunk, T = w * w,
-M chunks of a map, K keys of a chunk, m width of a head.
+Letters: B images, R x Q rows and columns of a map, N = R * Q, g global tokens of a stage, d width, w side of a chunk, T queries and
+K keys of a chunk, m width of a head.
 
 Unusual, all kept from the original because published weights depend on it:
 * every stage has global tokens of its own, before its cells; the previous stage's are dropped;
@@ -19,12 +19,12 @@ from functools import lru_cache, partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esvit.backbones.base import AttentionBlock, AttentionWindows, Backbone, Stage
+from esvit.backbones.chunk_attention import attend, attend_in_chunks, softmax_weights
 from esvit.backbones.layers import AttentionLayer, DropPath, Mlp, drop_path_rates, init_transformer, relative_position_bias
-from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, join_chunks, key_chunks, limits, neighbourhood_bias, query_chunks
+from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Block, Places, SlidingChunks
 from esvit.errors import OptionError
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -354,16 +354,16 @@ class FullAttention(VilAttention):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         query, key, value = self._project(tokens)
-        attended = _attend(query, key, value, self._bias(grid[0] * grid[1]))
-        return self.proj(attended.squeeze(1).transpose(1, 2).flatten(2))
+        attended = attend(query, key, value, self._bias(grid[0] * grid[1]))
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
     def weights(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         query, key, _ = self._project(tokens)
-        return _softmax(query, key, self._bias(grid[0] * grid[1])).squeeze(1)
+        return softmax_weights(query, key, self._bias(grid[0] * grid[1]))
 
     def _project(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value, each (B, 1, heads, g + N, m): the map is one chunk."""
-        return self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unsqueeze(2).unbind(0)
+        """Query, key and value, each (B, heads, g + N, m)."""
+        return self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _bias(self, cells: int) -> Tensor | None:
         """(1, heads, g + N, g + N)."""
@@ -397,31 +397,37 @@ class SlidingChunkAttention(VilAttention):
 
     def attend(self, tokens: Tensor, grid: tuple[int, int], places: Places) -> Tensor:
         """(B, g + N, d) -> the same shape, with the chunks at `places`."""
-        query, key, value = self._project(tokens)
-        keys, values = (self._keys(part, grid, places) for part in (key, value))
-        queries = query_chunks(query[:, self.global_tokens :].unflatten(1, grid), self.window)
-        attended = _attend(queries, keys, values, self._bias(grid, places, tokens.device))
-        mixed = join_chunks(attended, grid, self.window)
-        if self.global_tokens:
-            first = _attend(_one_chunk(query[:, : self.global_tokens]), _one_chunk(key), _one_chunk(value), self._first_bias(grid))
-            mixed = torch.cat([first.squeeze(1).transpose(1, 2).flatten(2), mixed], dim=1)
-        return self.proj(mixed)
+        chunks = self._chunks(grid, places)
+        blocks = chunks.blocks()
+        query, keys_and_values = self._project(tokens)
+        attended = attend_in_chunks(
+            first=self._first(query, keys_and_values, grid),
+            query=query,
+            keys_and_values=chunks.framed(keys_and_values),
+            biases=[self._bias(chunks, block, tokens.device) for block in blocks],
+            chunks=chunks,
+            blocks=blocks,
+        )
+        return self.proj(attended.flatten(2))
 
     def weights(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """As documented; with reach "wrapped", what goes to padding is left out, and a row may sum to less than 1."""
-        places = self._draw_places()
-        query, key, _ = self._project(tokens)
-        queries = query_chunks(query[:, self.global_tokens :].unflatten(1, grid), self.window)
-        of_chunks = _softmax(queries, self._keys(key, grid, places), self._bias(grid, places, tokens.device))
-        count = tokens.shape[1]
-        rows, columns = self._numbers(grid, places, tokens.device)
-        flat = (rows[:, :, None] * (count + 1) + columns[:, None, :]).flatten()
-        whole = of_chunks.new_zeros(*tokens.shape[:1], self.heads, (count + 1) ** 2)
-        whole.index_add_(2, flat, of_chunks.transpose(1, 2).flatten(2))  # a wrapped map may show a key twice
-        whole = whole.unflatten(2, (count + 1, count + 1))[:, :, :count, :count]
+        chunks = self._chunks(grid, self._draw_places())
+        query, (key, _) = self._project(tokens)
+        batch, count = tokens.shape[:2]
+        numbers = torch.arange(1, count + 1, device=tokens.device).view(1, count, 1, 1)  # from 1, so that padding becomes 0
+        whole = tokens.new_zeros(batch, self.heads, (count + 1) ** 2)
+        for block in chunks.blocks():
+            weights = softmax_weights(
+                chunks.queries(query, block), chunks.keys(chunks.framed(key), block), self._bias(chunks, block, tokens.device)
+            )
+            rows, columns = chunks.queries(numbers, block), chunks.keys(chunks.framed(numbers), block).mT
+            weights = weights.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+            whole.index_add_(2, (rows * (count + 1) + columns).flatten(), weights.to(whole.dtype))  # a wrapped map may show a key twice
+        whole = whole.unflatten(2, (count + 1, count + 1))[:, :, 1:, 1:]
         if self.global_tokens:
-            first = _softmax(_one_chunk(query[:, : self.global_tokens]), _one_chunk(key), self._first_bias(grid)).squeeze(1)
-            whole[:, :, : self.global_tokens] = first
+            of_globals = softmax_weights(query[:, : self.global_tokens].transpose(1, 2), key.transpose(1, 2), self._first_bias(grid))
+            whole[:, :, : self.global_tokens] = of_globals
         return whole
 
     def _draw_places(self) -> Places:
@@ -432,39 +438,33 @@ class SlidingChunkAttention(VilAttention):
             return (*OWN, NEIGHBOURS[int(torch.randint(len(NEIGHBOURS), (), device="cpu"))])
         return ALL
 
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each (B, g + N, heads, m)."""
-        key, value = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.query(tokens).unflatten(-1, (self.heads, -1)), key, value
+    def _chunks(self, grid: tuple[int, int], places: Places) -> SlidingChunks:
+        return SlidingChunks(grid, self.window, places, self.reach == "wrapped", self.global_tokens)
 
-    def _keys(self, part: Tensor, grid: tuple[int, int], places: Places) -> Tensor:
-        """(B, g + N, heads, m) -> what each chunk's queries see, global tokens first: (B, M, heads, K, m)."""
-        cells = part[:, self.global_tokens :].unflatten(1, grid)
-        chunks = key_chunks(cells, self.window, places, wraps=self.reach == "wrapped")
-        of_globals = _one_chunk(part[:, : self.global_tokens]).expand(-1, chunks[0].shape[1], -1, -1, -1)
-        return torch.cat([of_globals, *chunks], dim=3)
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Query (B, g + N, heads, m), keys and values (2, B, g + N, heads, m)."""
+        keys_and_values = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).movedim(2, 0)
+        return self.query(tokens).unflatten(-1, (self.heads, -1)), keys_and_values
 
-    def _bias(self, grid: tuple[int, int], places: Places, device: torch.device) -> Tensor:
-        """What is added to the scores of cells: (M, heads, T, K), or (M, 1, T or 1, K) without a bias."""
-        allowed = limits(grid, self.window, places, self.reach, self.global_tokens, device)
+    def _first(self, query: Tensor, keys_and_values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What global tokens get: (B, g, heads, m)."""
+        if not self.global_tokens:
+            return query[:, :0]
+        key, value = keys_and_values.transpose(2, 3).unbind(0)
+        return attend(query[:, : self.global_tokens].transpose(1, 2), key, value, self._first_bias(grid)).transpose(1, 2)
+
+    def _bias(self, chunks: SlidingChunks, block: Block, device: torch.device) -> Tensor | None:
+        """What is added to the scores of a block: None, or (1, 1 or heads, T, K)."""
+        hidden = torch.zeros((), device=device).masked_fill(chunks.far(block, device), float("-inf")) if self.reach == "window" else None
         if not self.has_bias:
-            return allowed
-        bias = neighbourhood_bias(self.local_relative_position_bias_table, self.window, places)
-        return self._with_bias_to_globals(bias) + allowed
+            return None if hidden is None else hidden.unsqueeze(0)
+        bias = self._with_bias_to_globals(chunks.bias(self.local_relative_position_bias_table, block))
+        return (bias if hidden is None else bias + hidden).unsqueeze(0)
 
     def _first_bias(self, grid: tuple[int, int]) -> Tensor | None:
         """What is added to the scores of global tokens: (1, heads, g, g + N)."""
         bias = self._bias_of_globals(grid[0] * grid[1])
         return None if bias is None else bias.unsqueeze(0)
-
-    def _numbers(self, grid: tuple[int, int], places: Places, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which token each query (M, T) and each key (M, K) is; padding and what lies beyond the map has the number after the last."""
-        count = self.global_tokens + grid[0] * grid[1]
-        numbers = torch.arange(1, count + 1, device=device).view(1, count, 1, 1)  # from 1, so that padding becomes 0
-        queries = query_chunks(numbers[:, self.global_tokens :].unflatten(1, grid), self.window)
-        keys = self._keys(numbers, grid, places)
-        rows, columns = ((each[0, :, 0, :, 0] - 1).where(each[0, :, 0, :, 0] > 0, count) for each in (queries, keys))
-        return rows, columns
 
     def extra_repr(self) -> str:
         return f"window={self.window}, neighbours={self.neighbours}, reach={self.reach}"
@@ -476,29 +476,6 @@ def _table(*shape: int) -> nn.Parameter:
 
 def _are_tied(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and (one is other or torch.equal(one, other))
-
-
-def _one_chunk(tokens: Tensor) -> Tensor:
-    """(B, tokens, heads, m) -> (B, 1, heads, tokens, m)."""
-    return tokens.transpose(1, 2).unsqueeze(1)
-
-
-def _softmax(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, M, heads, T, m), (B, M, heads, K, m), bias that broadcasts to (M, heads, T, K) -> weights (B, M, heads, T, K)."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return (scores if bias is None else scores + bias).softmax(dim=-1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Query (B, M, heads, T, m), key and value (B, M, heads, K, m), bias that broadcasts to (M, heads, T, K) -> like the query."""
-    # As in Swin: on CPU torch has no fused kernel for a bias that needs a gradient, and its fallback is slower than the plain path.
-    if bias is not None and query.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
-        return _softmax(query, key, bias).to(value.dtype) @ value
-    chunks, heads = query.shape[1:3]
-    if bias is not None:
-        bias = bias.to(query.dtype).expand(chunks, heads, -1, -1).flatten(0, 1).unsqueeze(0)
-    query, key, value = (part.flatten(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).unflatten(1, (chunks, heads))
 
 
 def _resample(values: Tensor, size: int, *, scale: float) -> Tensor:

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esvit.backbones import sliding_chunks
+from esvit.backbones import chunk_attention
+from esvit.backbones.chunk_attention import attend, softmax_weights
 from esvit.backbones.layers import DropPath
-from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, join_chunks, key_chunks, neighbourhood_bias, query_chunks
-from esvit.backbones.vil import FullAttention, SlidingChunkAttention, Vil, VilAttentionBlock, VilPatchEmbed, _attend, _resample, _softmax
+from esvit.backbones.sliding_chunks import ALL, NEIGHBOURS, OWN, Places, SlidingChunks
+from esvit.backbones.vil import FullAttention, SlidingChunkAttention, Vil, VilAttentionBlock, VilPatchEmbed, _resample
 from esvit.errors import OptionError
 from esvit.losses.view import ViewLoss
 from esvit.networks import HeadOptions
@@ -122,56 +123,122 @@ def test_weights_are_those_of_the_plain_matrix(global_tokens):
     torch.testing.assert_close(attention.weights(tokens, (5, 7)), as_one_matrix(attention, tokens, (5, 7), ALL), rtol=1e-4, atol=1e-6)
 
 
-def test_cut_chunks_join_to_the_map_again():
-    cells = torch.randn(2, 5, 7, 3, 4)
-    chunks = query_chunks(cells, 2)
-    assert chunks.shape == (2, 12, 3, 4, 4)
-    assert torch.equal(join_chunks(chunks, (5, 7), 2), cells.flatten(3).flatten(1, 2))
+def cut(grid: tuple[int, int], window: int, places: Places = ALL, *, wraps: bool = False, global_tokens: int = 0) -> SlidingChunks:
+    return SlidingChunks(grid, window, places, wraps, global_tokens)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (3, 4), (9, 2)])
+def test_queries_of_all_blocks_are_every_cell_once(grid):
+    tokens, chunks = torch.randn(2, 1 + grid[0] * grid[1], 3, 4), cut(grid, 2, global_tokens=1)
+    again = torch.full_like(tokens, torch.nan)
+    for block in chunks.blocks():
+        chunks.put(chunks.queries(tokens, block), again, block)
+    assert torch.equal(again[:, 1:], tokens[:, 1:]) and again[:, 0].isnan().all()
 
 
 def test_keys_are_the_chunks_at_the_places():
-    numbers = torch.arange(1, 37).view(1, 6, 6, 1, 1)
-    above, own = (keys[0, :, 0, :, 0] for keys in key_chunks(numbers, 3, ((0, 1), (1, 1)), wraps=False))
-    assert own[0].tolist() == [1, 2, 3, 7, 8, 9, 13, 14, 15]
-    assert torch.equal(above[2], own[0]) and above[0].sum() == 0
-    wrapped = key_chunks(numbers, 3, ((0, 0),), wraps=True)[0][0, :, 0, :, 0]
-    assert torch.equal(wrapped[0], own[3])
+    numbers = torch.arange(1, 37).view(1, 36, 1, 1)
+    chunks = cut((6, 6), 3, ((0, 1), (1, 1)))
+    top, bottom = (chunks.keys(numbers, block)[:, 0, :, 0].tolist() for block in chunks.blocks())
+    assert top == [[1, 2, 3, 7, 8, 9, 13, 14, 15], [4, 5, 6, 10, 11, 12, 16, 17, 18]]  # nothing above
+    assert bottom[0] == [*top[0], 19, 20, 21, 25, 26, 27, 31, 32, 33]
+    wrapped = cut((6, 6), 3, ((0, 0),), wraps=True)
+    (block,) = wrapped.blocks()
+    assert wrapped.keys(wrapped.framed(numbers), block)[0, 0, :, 0].tolist() == [22, 23, 24, 28, 29, 30, 34, 35, 36]
+
+
+def test_wrapped_chunks_see_padding_beyond_the_edge_only():
+    numbers = torch.arange(1, 6).view(1, 5, 1, 1)
+    chunks = cut((1, 5), 2, ((1, 0), (1, 1)), wraps=True)
+    seen = [keys for block in chunks.blocks() for keys in chunks.keys(chunks.framed(numbers), block)[:, 0, :, 0].tolist()]
+    assert seen == [[5, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(("size", "counts"), [(3, [(1, 3, 3)]), (12, [(1, 12, 12)]), (21, [(1, 7, 14), (1, 7, 21), (1, 7, 14)])])
+def test_chunks_that_see_the_same_are_one(size, counts):
+    spans = [block.columns for block in cut((1, size), 7).blocks()]
+    assert [(span.count, span.queries, sum(number for _, number in span.keys[0])) for span in spans] == counts
+
+
+def test_scores_are_computed_for_no_cell_beyond_the_map():
+    chunks = cut((24, 24), 7)
+    seen = sum(block.rows.count * block.columns.count * chunks.bias(torch.randn(27**2, 1), block).numel() for block in chunks.blocks())
+    assert seen == (7 * 14 + 7 * 21 + 7 * 17 + 3 * 10) ** 2
 
 
 @pytest.mark.parametrize("places", [ALL, (*OWN, NEIGHBOURS[5])])
-def test_neighbourhood_bias_and_its_gradient_equal_a_lookup(places):
-    window = 3
-    table = torch.randn((4 * window - 1) ** 2, 2, dtype=torch.float64, requires_grad=True)
-    y, x = (each.flatten() for each in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
-    parts = []
-    for row, column in places:
-        rows = y[:, None] - y[None] - (row - 1) * window + 2 * window - 1
-        columns = x[:, None] - x[None] - (column - 1) * window + 2 * window - 1
-        parts.append(table[rows * (4 * window - 1) + columns].permute(2, 0, 1))
-    lookup, ours = torch.cat(parts, dim=-1), neighbourhood_bias(table, window, places)
+@pytest.mark.parametrize("wraps", [False, True])
+def test_adding_to_keys_is_the_gradient_of_gathering_them(places, wraps):
+    chunks = cut((8, 7), 3, places, wraps=wraps, global_tokens=2)
+    tokens = torch.randn(2, 3, 2 + 56, 2, 4, dtype=torch.float64)
+    framed = chunks.framed(tokens).clone().requires_grad_()
+    ours = torch.zeros_like(framed)
+    gathered, cotangents = [], []
+    for block in chunks.blocks():
+        gathered.append(chunks.keys(framed, block))
+        cotangents.append(torch.randn_like(gathered[-1]))
+        chunks.add_to_keys(cotangents[-1], ours, block)
+    expected = torch.autograd.grad(gathered, framed, cotangents)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("places", [ALL, (*OWN, NEIGHBOURS[5])])
+def test_bias_and_its_gradient_equal_a_lookup(places):
+    chunks = cut((9, 9), 3, places)
+    block = next(
+        block for block in chunks.blocks() if block.rows.start <= 3 < block.rows.start + 3 * block.rows.count and block.columns.start == 3
+    )
+    table = torch.randn(11**2, 2, dtype=torch.float64, requires_grad=True)
+    numbers = torch.arange(81).view(1, 81, 1, 1)
+    queries, keys = chunks.queries(numbers, block)[0, 0], chunks.keys(numbers, block)[0, 0].mT
+    rows, columns = queries // 9 - keys // 9 + 5, queries % 9 - keys % 9 + 5
+    lookup, ours = table[rows * 11 + columns].permute(2, 0, 1), chunks.bias(table, block)
     assert torch.equal(ours, lookup)
     cotangent = torch.randn_like(lookup)
     expected, gradient = (torch.autograd.grad(each, table, cotangent)[0] for each in (lookup, ours))
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
-def test_limits_are_made_once_for_a_map_size_and_serve_training_after_evaluation():
-    sliding_chunks._limits.cache_clear()
-    network, images = micro_vil(), torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        network.eval()(images)
-    network.train()(images).pooled.sum().backward()
-    made = sliding_chunks._limits.cache_info()
-    assert made.misses == 2 and made.hits == 2  # two of the four stages slide
-
-
-@pytest.mark.parametrize("bias_shape", [(4, 3, 9, 11), (4, 1, 1, 11), None])
+@pytest.mark.parametrize("bias_shape", [(1, 3, 9, 11), (1, 1, 1, 11), None])
 def test_fused_attention_equals_the_plain_path(bias_shape):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 4, 3, length, 8, dtype=torch.float64) for length in (9, 11, 11))
+    query, key, value = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (9, 11, 11))
     bias = None if bias_shape is None else torch.randn(bias_shape, dtype=torch.float64)
-    plain = _softmax(query, key, bias) @ value
-    torch.testing.assert_close(_attend(query, key, value, bias), plain, rtol=0, atol=1e-12)
+    plain = softmax_weights(query, key, bias) @ value
+    torch.testing.assert_close(attend(query, key, value, bias), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("relative_positions", [False, True])
+@pytest.mark.parametrize("reach", ["chunks", "window", "wrapped"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_those_of_the_plain_operations(relative_positions, reach, fused, monkeypatch):
+    """`fused` is the way of a GPU, whose kernel's own backward pass is asked; here it runs on the CPU."""
+    if fused:
+        monkeypatch.setattr(chunk_attention, "_backward", chunk_attention._backward_of_fused)
+    attention = sliding_attention(relative_positions=relative_positions, reach=reach).double()
+    tokens = torch.randn(2, 2 + 35, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [tokens, *attention.parameters()]
+    gradients = []
+    for compiling in (False, True):  # a graph is given the plain operations
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        leaving = attention.attend(tokens, (5, 7), ALL)
+        gradients.append([leaving, *torch.autograd.grad(leaving.square().sum(), inputs, allow_unused=True)])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_copy_of_a_key_is_kept_for_the_backward_pass():
+    attention, tokens = sliding_attention(global_tokens=0), torch.randn(1, 144, 8)
+    kept: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        attention.attend(tokens, (12, 12), ALL)
+    assert sum(size == 4 * 144 * 16 for size in kept.values()) == 1  # keys and values, once
+    assert max(kept.values()) == 4 * 144 * 16
 
 
 # ---------------------------------------------------------------------- neighbours
