@@ -223,9 +223,10 @@ class ConvProjection(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.pw = Pointwise(dim, 3 * dim)
 
-    def forward(self, cells: Tensor) -> Tensor:
-        """(B, R, Q, d) -> (B, R, Q, 3 d)"""
-        return self.pw(_channels_last(self.bn(self.dw(_channels_first(cells)))))
+    def forward(self, cells: Tensor, windows: "Windows") -> Tensor:
+        """(B, R, Q, d) -> (B, W, T, 3 d). Cut before the 1 x 1 convolution, while cells are d wide."""
+        mixed = self.bn(self.dw(_channels_first(windows.pad(cells))))
+        return self.pw(windows.cut(_channels_last(mixed)))
 
 
 @dataclass(frozen=True)
@@ -333,8 +334,7 @@ class WindowAttention(AttentionLayer):
 
     def _project(self, cells: Tensor, windows: Windows) -> tuple[Tensor, ...]:
         """(B, R, Q, d) -> query, key, value, each (B, W, heads, T, d / heads)."""
-        projected = windows.cut(self.qkv(windows.pad(cells))).unflatten(-1, (3, self.heads, -1))
-        return projected.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return self.qkv(cells, windows).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
 
     def _bias(self, windows: Windows, device: torch.device) -> Tensor | None:
         """What is added to the scores: None, or (1 or W, 1 or heads, T, T)."""
