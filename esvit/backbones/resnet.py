@@ -9,6 +9,7 @@ weights load without renaming.
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
@@ -45,6 +46,8 @@ class ResNet(Backbone):
         return [block for layer in self._layers() for block in layer]
 
     def encode(self, images: Tensor, *, last_only: bool = False) -> list[Stage]:
+        if images.is_cuda and torch.is_autocast_enabled("cuda"):  # tensor cores want it, and all maps follow; weights stay as they are
+            images = images.contiguous(memory_format=torch.channels_last)
         image_map = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         stages = []
         for layer in self._layers():

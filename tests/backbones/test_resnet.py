@@ -32,6 +32,13 @@ def test_last_blocks_are_the_means_of_the_blocks_maps():
         torch.testing.assert_close(block, image_map.mean(dim=(2, 3)))
 
 
+def test_maps_stay_channels_last_where_images_are():
+    network, images = micro_resnet().eval(), torch.randn(2, 3, 64, 96)
+    last = network(images.contiguous(memory_format=torch.channels_last))
+    assert last.regions.is_contiguous()
+    torch.testing.assert_close(last.regions, network(images).regions)
+
+
 @pytest.mark.parametrize("depths", [[3, 4, 6], [3, 4, 6, 0], []])
 def test_other_than_four_stages_are_refused(depths):
     with pytest.raises(OptionError, match="^backbone.depths"):
