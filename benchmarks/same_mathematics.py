@@ -212,7 +212,7 @@ def distance(ours: Course, plain: Course, tolerance: Tolerance) -> Distance:
     for name, expected in plain.gradients.items():
         difference, norm = float((ours.gradients[name] - expected).norm()), float(expected.norm())
         allowed = max(tolerance.gradient * norm, tolerance.of_largest * largest)
-        found.append((difference / allowed, difference / norm, name))
+        found.append((difference / allowed, difference / norm if norm > 0 else difference / largest, name))
     share, relative, name = max(found)
     losses = zip(ours.losses, plain.losses, strict=True)
     return Distance(max(abs(our - their) / abs(their) for our, their in losses), relative, share, name)

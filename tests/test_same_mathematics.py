@@ -25,6 +25,8 @@ def test_combinations_take_the_plain_steps(capsys: pytest.CaptureFixture[str]):
 def test_another_loss_or_gradient_is_noticed():
     plain = Course([6.0, 5.0], {"large": torch.ones(100), "small": torch.full((4,), 1e-3), "zero": torch.full((4,), 1e-9)})
     tolerance = TOLERANCES["fp32"]
+    unused = dataclasses.replace(plain, gradients=plain.gradients | {"unused": torch.zeros(4)})
+    assert distance(unused, unused, tolerance).gradient_share == 0
     rounding = dataclasses.replace(plain, gradients=plain.gradients | {"zero": -plain.gradients["zero"]})
     assert distance(rounding, plain, tolerance).gradient_share < 1
     other = distance(dataclasses.replace(plain, gradients=plain.gradients | {"small": 1.01 * plain.gradients["small"]}), plain, tolerance)
