@@ -198,6 +198,8 @@ def course_of(kind: str, way: Way, arguments: argparse.Namespace) -> Course:
         timer.network = variant.network
         losses = []
         for step in range(arguments.steps):
+            if runtime.stop_signal():
+                sys.exit("stopped by a signal")
             generator = torch.Generator().manual_seed(step)
             shapes = [(arguments.batch_size, 3, size, size) for size in parts.crop_sizes]
             losses.append(float(variant.step([torch.randn(shape, generator=generator).to(runtime.device) for shape in shapes])))
