@@ -61,12 +61,13 @@ def count(config: dict) -> None:
     """Take `steps` steps of `seconds` each, from where the last attempt stopped; a run without torch.
 
     Ends on a signal after the step at hand, as a run does: rank 0 writes its state, every rank exits with 128 + signal. Rank 0 logs every
-    step, and what it was started as. For `before` seconds there are no handlers yet.
+    step, and what it was started as. Handlers come only when the file `go`, if the config asks for it, is in the folder.
     """
     folder = Path(config["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
-    time.sleep(config.get("before", 0))
+    while config.get("waits_to_go") and not (folder / "go").exists():
+        time.sleep(0.02)
     stopped_by: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, _: stopped_by.append(number))

@@ -89,9 +89,10 @@ def test_a_signal_ends_every_rank_after_its_step_and_the_job_goes_on_from_there(
 
 def test_a_signal_before_the_run_has_handlers_waits_for_them(start):
     """As while torch is imported: nothing is lost, and the job stops at its first steps."""
-    folder = start("count", steps=3, seconds=0.02, before=0.5)
+    folder = start("count", steps=3, seconds=0.02, waits_to_go=True)
     wait_until(lambda: len(list(folder.glob("pid_*"))) == 2, "both ranks")
     send(folder, signal.SIGUSR2)
+    (folder / "go").touch()
     wait_until(lambda: "ended" in events(folder), "the end of the second attempt")
     first, second = lines(folder / "attempts.jsonl")
     assert first["from"] == 0 and second["from"] >= 1
