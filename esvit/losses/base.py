@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esvit import distributed
 from esvit.losses import choice
 from esvit.losses.chunked import ChunkedAssignments
-from esvit.losses.prototypes import Matching, WithGradients
+from esvit.losses.prototypes import Matching, WholeMatching, WithGradients
 from esvit.losses.sharded import ShardedMatching
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
@@ -70,11 +70,9 @@ class MatchingLoss(nn.Module):
     def is_fused(self) -> bool:
         return self.make_assignments is choice.fused_assignments
 
-    def matching(
-        self, teachers: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, center: Tensor, temperature: float
-    ) -> Matching | ShardedMatching:
+    def matching(self, teachers: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, center: Tensor, temperature: float) -> Matching:
         """One head's cross-entropy against teacher rows (S, E); temperature is the teacher's. Prototypes may be in shares over ranks."""
-        way = ShardedMatching if distributed.is_sharded(prototypes) else Matching
+        way = ShardedMatching if distributed.is_sharded(prototypes) else WholeMatching
         return way(
             prototypes=prototypes,
             teachers=teachers,

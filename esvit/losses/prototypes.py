@@ -19,6 +19,7 @@ the pulls of all groups and comes last, which makes the targets a second time: t
 Letters: R student rows of a group, S teacher rows, E embedding width, K prototypes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +31,7 @@ from esvit.losses.assignments import Assignment
 from esvit.losses.choice import MakeAssignments
 
 
-class Matching:
+class Matching(ABC):
     """The `total` of the module's formula, for the teacher rows of one micro-batch and group after group of student rows.
 
     prototypes (K, E), teachers (S, E), teacher_prototypes (K, E), center (1, K); nothing of the teacher's gets a gradient.
@@ -50,24 +51,23 @@ class Matching:
         make_assignments: MakeAssignments,
     ):
         device = prototypes.device.type
-        dtype, product_dtype = dtypes(prototypes, teachers)
+        dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
+        product_dtype = dtype
+        if torch.is_autocast_enabled(device) and dtype == torch.float32:
+            product_dtype = torch.get_autocast_dtype(device)
         self.dtype = dtype
         self.student_temperature = student_temperature
-        self.teacher_temperature = teacher_temperature
+        self._is_trained = prototypes.requires_grad and torch.is_grad_enabled()
+        self._prototypes = prototypes.detach()
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            self._matrix = prototypes.detach().to(product_dtype)
-            self._teachers = teachers.detach().to(dtype)
-            self._teacher_matrix = teacher_prototypes.detach().to(product_dtype)
-            self._shift = center.to(dtype) / teacher_temperature
-            self._pulls = torch.zeros_like(self._teachers)
-            self._expected = torch.empty_like(self._teachers)  # q_j W / -s: a pull's gradient
+            own = distributed.shares([prototypes.detach(), teacher_prototypes.detach()])
+            self._matrix, self._teacher_matrix = (share.to(product_dtype) for share in own)
+            self._shift = self._own_center(center).to(dtype) / teacher_temperature
+            self._teachers = self._gathered(teachers.to(dtype) / teacher_temperature)
             self._assignments = make_assignments(self._matrix, dtype)
             self._kept: list[tuple[slice, Assignment]] = []
-            for rows, targets in self._targets():
-                self._expected[rows] = targets.mean() / -student_temperature
-                if self._assignments.can_keep(len(teachers)):
-                    self._kept.append((rows, targets))
-        self.is_trained = prototypes.requires_grad and torch.is_grad_enabled()
+            self._pulls = torch.zeros_like(teachers, dtype=dtype)
+            self._expected = self._expectations() / -student_temperature  # q_j W / -s: a pull's gradient
 
     def __call__(self, students: Tensor, mass: Tensor, pulls: Tensor) -> Tensor:
         """The part of the total of a group: students (R, E), mass (R,), pulls (S, E). A scalar with gradients for students and pulls."""
@@ -80,43 +80,93 @@ class Matching:
     @torch.no_grad()
     def prototypes_gradient(self) -> Tensor | None:
         """(K, E): the total's gradient for the prototypes, once all groups have been called; None where they are frozen."""
-        if not self.is_trained:
+        if not self._is_trained:
             return None
         with torch.autocast(self._matrix.device.type, enabled=False):
+            values = self._values(self._pulls / -self.student_temperature)
             for rows, targets in self._kept or self._targets():
-                targets.add_outer(self._pulls[rows] / -self.student_temperature)
-            return self._assignments.outer_sum()
+                targets.add_outer(values[rows])
+            return self._whole(self._assignments.outer_sum())
 
-    def assignments(self, students: Tensor) -> Iterator[tuple[slice, Assignment]]:
-        """Of students (R, E): which rows, and their softmax."""
-        return self._assignments.blocks(students / self.student_temperature, self._matrix)
+    @abstractmethod
+    def rows_and_gradient(self, students: Tensor, mass: Tensor, *, grad_enabled: bool) -> tuple[Tensor, Tensor | None]:
+        """sum_i mass_i * logsumexp(W h_i / s) over students (R, E), and its gradient (R, E) for them if `grad_enabled`.
+
+        The prototypes' gradient is then added up here, for a total of weight one.
+        """
+
+    @abstractmethod
+    def _own_center(self, center: Tensor) -> Tensor:
+        """(1, K) -> its part for the prototypes of this rank."""
+
+    @abstractmethod
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """(rows, E) -> all rows that meet the prototypes of this rank."""
+
+    @abstractmethod
+    def _expectations(self) -> Tensor:
+        """(S, E): q_j W of each teacher row, the mean prototype under its target."""
+
+    @abstractmethod
+    def _values(self, pulls: Tensor) -> Tensor:
+        """(S, E) -> what the outer sum takes with each target."""
+
+    @abstractmethod
+    def _whole(self, outer_sum: Tensor) -> Tensor:
+        """The prototypes' gradient, of what this rank has added up."""
 
     def _targets(self) -> Iterator[tuple[slice, Assignment]]:
-        return self._assignments.blocks(self._teachers / self.teacher_temperature, self._teacher_matrix, self._shift)
+        return self._assignments.blocks(self._teachers, self._teacher_matrix, self._shift)
+
+    def _first_targets(self) -> Iterator[tuple[slice, Assignment]]:
+        """The same, and few of them are kept for the second time."""
+        can_keep = self._assignments.can_keep(len(self._teachers))
+        for rows, targets in self._targets():
+            yield rows, targets
+            if can_keep:
+                self._kept.append((rows, targets))
 
 
-def dtypes(prototypes: Tensor, teachers: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of everything (float32, or float64), and of the matrix products: under autocast its own."""
-    dtype = torch.promote_types(torch.promote_types(prototypes.dtype, teachers.dtype), torch.float32)
-    device = prototypes.device.type
-    narrow = torch.is_autocast_enabled(device) and dtype == torch.float32
-    return dtype, torch.get_autocast_dtype(device) if narrow else dtype
+class WholeMatching(Matching):
+    """Where every rank has all prototypes."""
+
+    def rows_and_gradient(self, students: Tensor, mass: Tensor, *, grad_enabled: bool) -> tuple[Tensor, Tensor | None]:
+        gradient = torch.empty_like(students) if grad_enabled else None
+        total = students.new_zeros(())
+        for rows, softmax in self._assignments.blocks(students / self.student_temperature, self._matrix):
+            total += mass[rows].dot(softmax.logsumexp)
+            weight = mass[rows, None] / self.student_temperature
+            if gradient is not None:
+                gradient[rows] = softmax.mean() * weight
+                if self._is_trained:
+                    softmax.add_outer(students[rows] * weight)
+        return total, gradient
+
+    def _own_center(self, center: Tensor) -> Tensor:
+        return center
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _expectations(self) -> Tensor:
+        means = torch.empty_like(self._teachers)
+        for rows, targets in self._first_targets():
+            means[rows] = targets.mean()
+        return means
+
+    def _values(self, pulls: Tensor) -> Tensor:
+        return pulls
+
+    def _whole(self, outer_sum: Tensor) -> Tensor:
+        return outer_sum
 
 
 class _StudentRows(torch.autograd.Function):
-    """sum_i mass_i * logsumexp(W h_i / s); the prototypes' gradient goes into `matching`, for a total of weight one."""
+    """`Matching.rows_and_gradient` for autograd."""
 
     @staticmethod
     def forward(ctx, students: Tensor, mass: Tensor, matching: Matching, grad_enabled: bool) -> Tensor:
-        gradient = torch.empty_like(students) if grad_enabled and ctx.needs_input_grad[0] else None
-        total = students.new_zeros(())
-        for rows, softmax in matching.assignments(students):
-            total += mass[rows].dot(softmax.logsumexp)
-            weight = mass[rows, None] / matching.student_temperature
-            if gradient is not None:
-                gradient[rows] = softmax.mean() * weight
-            if grad_enabled and matching.is_trained:
-                softmax.add_outer(students[rows] * weight)
+        total, gradient = matching.rows_and_gradient(students, mass, grad_enabled=grad_enabled)
         ctx.save_for_backward(gradient)
         return total
 
@@ -124,7 +174,7 @@ class _StudentRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * scale, None, None, None
+        return gradient * scale, None, None, None
 
 
 class WithGradients(torch.autograd.Function):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esvit.losses.prototypes import Matching
-from esvit.losses.sharded import ShardedMatching
 from esvit.losses.view import pair_weights
 from esvit.records import NetworkOutput
 
@@ -52,7 +51,7 @@ class RegionMatching:
     crops             V, of all groups together
     """
 
-    def __init__(self, matching: Matching | ShardedMatching, *, teacher_features: list[Tensor], crops: int):
+    def __init__(self, matching: Matching, *, teacher_features: list[Tensor], crops: int):
         self.matching = matching
         self._crops = crops
         self._teacher_features = [features.to(matching.dtype) for features in teacher_features]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from esvit.losses.base import MatchingLoss, PrototypeGradients
 from esvit.losses.prototypes import Matching, updated_center
-from esvit.losses.sharded import ShardedMatching
 from esvit.records import LossTerms, NetworkOutput, PrototypeWeights
 
 
@@ -35,7 +34,7 @@ class ViewMatching:
     crops          V, of all groups together
     """
 
-    def __init__(self, matching: Matching | ShardedMatching, *, teacher_views: int, crops: int):
+    def __init__(self, matching: Matching, *, teacher_views: int, crops: int):
         self.matching = matching
         self._views, self._crops = teacher_views, crops
 

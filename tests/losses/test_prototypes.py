@@ -6,7 +6,7 @@ from torch import Tensor
 
 from esvit.losses import chunked
 from esvit.losses.chunked import ChunkedAssignments
-from esvit.losses.prototypes import Matching, WithGradients
+from esvit.losses.prototypes import WholeMatching, WithGradients
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 
@@ -23,8 +23,8 @@ def ours(students: Tensor, prototypes: Tensor, teachers: Tensor, teacher_prototy
     return total_of(matching, prototypes, [(students, match.sum(1), match.T @ students)])
 
 
-def against(prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, center: Tensor) -> Matching:
-    return Matching(
+def against(prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, center: Tensor) -> WholeMatching:
+    return WholeMatching(
         prototypes=prototypes,
         teachers=teachers,
         teacher_prototypes=teacher_prototypes,
@@ -35,7 +35,7 @@ def against(prototypes: Tensor, teachers: Tensor, teacher_prototypes: Tensor, ce
     )
 
 
-def total_of(matching: Matching, prototypes: Tensor, groups: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def total_of(matching: WholeMatching, prototypes: Tensor, groups: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Of groups (students, mass, pulls), with gradients for all that ask for one."""
     total = torch.stack([matching(*group) for group in groups]).sum()
     gradient = matching.prototypes_gradient()
